@@ -1,0 +1,146 @@
+#include "cpu/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/pool.h"
+#include "formats/describe.h"
+#include "formats/packet.h"
+
+namespace smallreduce {
+
+namespace baseline {
+extern const cpu::Kernels kernels;
+}
+#if defined(SMALLREDUCE_X86)
+namespace avx2 {
+extern const cpu::Kernels kernels;
+}
+namespace avx512 {
+extern const cpu::Kernels kernels;
+}
+#endif
+
+namespace cpu {
+namespace {
+
+using namespace smallreduce::SR_TARGET;
+
+constexpr int64_t kGrainElements = 1 << 15;
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = [] {
+    std::vector<Isa> isas{{"baseline", &baseline::kernels}};
+#if defined(SMALLREDUCE_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) isas.push_back({"avx2", &avx2::kernels});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      isas.push_back({"avx512", &avx512::kernels});
+    }
+#endif
+    return isas;
+  }();
+  return found;
+}
+
+const Isa& find_isa(const std::string& name) {
+  std::string names;
+  for (const Isa& isa : isas()) {
+    if (name == isa.name) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is unknown or not supported here; accepted: " + names);
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa = [] {
+    const char* forced = std::getenv("SMALLREDUCE_CPU");
+    return forced && *forced ? &find_isa(forced) : &isas().back();
+  }();
+  return isa;
+}
+
+const Kernels& kernels() { return *chosen().load()->kernels; }
+
+void write_header(uint8_t* packet, const Format& format, const Packet& row, ElementType type) {
+  uint64_t header[2] = {uint64_t(row.digest), packet_tag(format.kind, format.group, format.hadamard, type)};
+  memcpy(packet, header, sizeof header);
+  int64_t codes = codes_offset(format.kind, row.groups);
+  if (!is_cast(format.kind)) {
+    int64_t end = kHeaderBytes + 2 * row.groups;
+    memset(packet + end, 0, size_t(codes - end));
+  }
+  int64_t end = codes + block_bytes(format.kind) * row.blocks;
+  memset(packet + end, 0, size_t(row.nbytes - end));
+}
+
+void check_header(const uint8_t* packet, const Format& format, const Packet& row, ElementType type, int64_t number) {
+  uint64_t header[2];
+  memcpy(header, packet, sizeof header);
+  uint64_t tag = packet_tag(format.kind, format.group, format.hadamard, type);
+  if (header[1] != tag) {
+    throw std::invalid_argument("packet " + std::to_string(number) + " holds " + describe_tag(header[1]) +
+                                ", expected " + describe_tag(tag));
+  }
+  if (header[0] != uint64_t(row.digest)) {
+    throw std::invalid_argument("packet " + std::to_string(number) + " holds other sizes than the " +
+                                std::to_string(row.blocks) + " blocks of 32 elements expected here, or is corrupt");
+  }
+}
+
+template <typename Args>
+void over_groups(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int threads) {
+  int64_t grain = (kGrainElements + args.format.group - 1) / args.format.group;
+  parallel_for(args.layout.groups(), grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.name);
+  return names;
+}
+
+std::string current_isa() { return chosen().load()->name; }
+
+void set_isa(const std::string& name) { chosen() = &find_isa(name); }
+
+void encode(const EncodeArgs& args, int threads) {
+  for (int64_t p = 0; p < args.layout.packet_count; ++p) {
+    write_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type);
+  }
+  over_groups(kernels().encode, args, threads);
+}
+
+void decode(const DecodeArgs& args, int threads) {
+  for (int64_t p = 0; p < args.layout.packet_count; ++p) {
+    check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type, p);
+  }
+  over_groups(kernels().decode, args, threads);
+}
+
+void reduce(const ReduceArgs& args, int threads) {
+  for (int64_t r = 0; r < args.ranks; ++r) {
+    check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], args.type, r);
+  }
+  over_groups(kernels().reduce, args, threads);
+}
+
+void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads) {
+  for (int64_t r = 0; r < args.ranks; ++r) {
+    check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], type, r);
+  }
+  write_header(args.packet, args.format, args.layout.packets[0], type);
+  over_groups(kernels().reduce_encode, args, threads);
+}
+
+}  // namespace cpu
+}  // namespace smallreduce

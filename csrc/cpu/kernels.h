@@ -1,0 +1,59 @@
+// The CPU kernels as the dispatcher sees them: one table of functions per instruction set, each working on a range of groups.
+// Raw pointers and sizes; nothing here allocates, throws or checks: bindings/ has done so.
+#pragma once
+
+#include "formats/types.h"
+
+namespace smallreduce::cpu {
+
+struct EncodeArgs {
+  const void* input;
+  ElementType type;
+  float* residual;  // in block order, indexed by origin; null: no feedback
+  Layout layout;
+  Format format;
+  uint64_t seed, step;
+  uint8_t* packets;  // layout.packet_count of them, `stride` bytes apart
+  int64_t stride;
+};
+
+struct DecodeArgs {
+  const uint8_t* packets;
+  int64_t stride;
+  Layout layout;
+  Format format;
+  void* output;
+  ElementType type;
+};
+
+// The packets of `ranks` ranks, `stride` bytes apart, all of the one packet that `layout` describes.
+struct ReduceArgs {
+  const uint8_t* packets;
+  int64_t ranks, stride;
+  float factor;
+  Layout layout;
+  Format format;
+  void* output;
+  ElementType type;
+};
+
+struct ReduceEncodeArgs {
+  const uint8_t* packets;
+  int64_t ranks, stride;
+  float factor;
+  Layout layout;
+  Format format;
+  float* residual;  // in block order, indexed by block in the packet; null: no feedback
+  uint64_t seed, step;
+  uint8_t* packet;
+};
+
+// Each writes scales and codes, or elements, of groups [begin, end) of the layout. Headers and padding are the caller's.
+struct Kernels {
+  void (*encode)(const EncodeArgs&, int64_t begin, int64_t end);
+  void (*decode)(const DecodeArgs&, int64_t begin, int64_t end);
+  void (*reduce)(const ReduceArgs&, int64_t begin, int64_t end);
+  void (*reduce_encode)(const ReduceEncodeArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace smallreduce::cpu

@@ -1,0 +1,118 @@
+// What a plain loop does not express: the 32-point Hadamard transform across the lanes of registers, one bit per lane, and
+// streaming stores. GCC vector types of the target's native width; intrinsics only where there is no such operation.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "formats/elements.h"
+#include "formats/types.h"
+
+namespace smallreduce::SR_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kVectors = int(kBlock) / kLanes;
+
+typedef float FloatVector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedFloatVector __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+template <int kDistance>
+SR_FN FloatVector butterfly_in_register(FloatVector v) {
+  IntVector partner, sign;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    partner[lane] = lane ^ kDistance;
+    sign[lane] = lane & kDistance ? int32_t(kSignBit) : 0;
+  }
+  FloatVector signed_self = FloatVector(IntVector(v) ^ sign);
+  return __builtin_shuffle(v, partner) + signed_self;
+}
+
+template <int kDistance>
+SR_FN void butterfly(FloatVector (&v)[kVectors]) {
+  if constexpr (kDistance < kLanes) {
+    for (int i = 0; i < kVectors; ++i) v[i] = butterfly_in_register<kDistance>(v[i]);
+  } else {
+    constexpr int step = kDistance / kLanes;
+    for (int i = 0; i < kVectors; ++i) {
+      if (i & step) continue;
+      FloatVector a = v[i], b = v[i + step];
+      v[i] = a + b;
+      v[i + step] = a - b;
+    }
+  }
+}
+
+// T of docs/wire-formats.md, section 8, on `scale` times one block, in place.
+SR_FN void hadamard_block(float* block, float scale) {
+  FloatVector v[kVectors];
+  for (int i = 0; i < kVectors; ++i) v[i] = *(const UnalignedFloatVector*)(block + i * kLanes) * scale;
+  butterfly<1>(v);
+  butterfly<2>(v);
+  butterfly<4>(v);
+  butterfly<8>(v);
+  butterfly<16>(v);
+  for (int i = 0; i < kVectors; ++i) *(UnalignedFloatVector*)(block + i * kLanes) = v[i];
+}
+
+// Bit j is set unless block[j] < 0.
+SR_FN uint32_t nonnegative_bits(const float* block) {
+#if defined(__AVX512F__)
+  uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(block), _mm512_setzero_ps(), _CMP_NLT_UQ);
+  uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(block + 16), _mm512_setzero_ps(), _CMP_NLT_UQ);
+  return low | high << 16;
+#elif defined(__AVX__)
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    __m256 less = _mm256_cmp_ps(_mm256_loadu_ps(block + 8 * i), _mm256_setzero_ps(), _CMP_NLT_UQ);
+    bits |= uint32_t(_mm256_movemask_ps(less)) << (8 * i);
+  }
+  return bits;
+#else
+  uint32_t bits = 0;
+  for (int j = 0; j < kBlock; ++j) bits |= uint32_t(!(block[j] < 0.0f)) << j;
+  return bits;
+#endif
+}
+
+// block[j] = +scale where bit j is set, -scale elsewhere.
+SR_FN void signed_block(uint32_t bits, float scale, float* __restrict block) {
+#if defined(__AVX512F__)
+  __m512 plus = _mm512_set1_ps(scale), minus = _mm512_set1_ps(float_of(bits_of(scale) ^ kSignBit));
+  _mm512_storeu_ps(block, _mm512_mask_blend_ps(__mmask16(bits), minus, plus));
+  _mm512_storeu_ps(block + 16, _mm512_mask_blend_ps(__mmask16(bits >> 16), minus, plus));
+#else
+  uint32_t negative = ~bits, magnitude = bits_of(scale);
+  for (int j = 0; j < kBlock; ++j) block[j] = float_of(magnitude ^ ((negative >> j & 1u) << 31));
+#endif
+}
+
+// Copies one block to 64-byte aligned memory past the caches: a plain store would first read the line that it overwrites.
+SR_FN void stream_block(float* destination, const float* block) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(destination, _mm512_loadu_ps(block));
+  _mm512_stream_ps(destination + 16, _mm512_loadu_ps(block + 16));
+#elif defined(__AVX__)
+  for (int i = 0; i < 4; ++i) _mm256_stream_ps(destination + 8 * i, _mm256_loadu_ps(block + 8 * i));
+#elif defined(__SSE2__)
+  for (int i = 0; i < 8; ++i) _mm_stream_ps(destination + 4 * i, _mm_loadu_ps(block + 4 * i));
+#else
+  memcpy(destination, block, kBlock * sizeof(float));
+#endif
+}
+
+// Streaming stores are weakly ordered: other threads see them only after this.
+SR_FN void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace smallreduce::SR_TARGET

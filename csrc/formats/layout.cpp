@@ -1,0 +1,80 @@
+#include "formats/layout.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "formats/packet.h"
+
+namespace smallreduce {
+namespace {
+
+using namespace smallreduce::SR_TARGET;
+
+constexpr int64_t kMaxBlocks = int64_t(1) << 28;  // the random bits count pairs of elements in 32 bits
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+void check(const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths,
+           const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count, const Format& format) {
+  if (offsets.size() != lengths.size()) refuse("offsets and lengths differ in number");
+  if (packet_count < 1) refuse("packet_count is " + std::to_string(packet_count) + ", expected at least 1");
+  if (format.group < kBlock || format.group % kBlock != 0 || format.group > kMaxGroup) {
+    refuse("group is " + std::to_string(format.group) + ", expected a multiple of 32 from 32 to " +
+           std::to_string(kMaxGroup));
+  }
+  int64_t blocks = 0;
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    if (offsets[i] < 0 || lengths[i] < 0) refuse("segment " + std::to_string(i) + " has a negative offset or length");
+    blocks += ceil_div(lengths[i], kBlock);
+    if (blocks > kMaxBlocks) refuse("the segments hold more than 2^33 elements, the most that one layout takes");
+  }
+  if (!packet_of) return;
+  if (packet_of->size() != offsets.size()) refuse("packet_of and offsets differ in number");
+  if (!std::is_sorted(packet_of->begin(), packet_of->end())) refuse("packet_of is not ascending");
+  if (!packet_of->empty() && (packet_of->front() < 0 || packet_of->back() >= packet_count)) {
+    refuse("packet_of names a packet outside 0 to " + std::to_string(packet_count - 1));
+  }
+}
+
+}  // namespace
+
+LayoutTables build_layout(const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths,
+                          const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count, const Format& format,
+                          ElementType type) {
+  check(offsets, lengths, packet_of, packet_count, format);
+  int64_t total_groups = 0;
+  for (int64_t length : lengths) total_groups += ceil_div(length, format.group);
+
+  uint64_t empty_digest = mix64(packet_tag(format.kind, format.group, format.hadamard, type));
+  LayoutTables tables;
+  tables.packets.assign(size_t(packet_count), Packet{int64_t(empty_digest), 0, 0, 0});
+
+  int64_t group = 0, origin = 0, packet = 0;
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    for (int64_t done = 0; done < lengths[i];) {
+      int64_t piece = lengths[i] - done;
+      if (packet_of) {
+        packet = (*packet_of)[i];
+      } else {
+        auto end_of = [&](int64_t p) { return total_groups * (p + 1) / packet_count; };
+        while (end_of(packet) <= group) ++packet;
+        piece = std::min(piece, (end_of(packet) - group) * format.group);
+      }
+      Packet& row = tables.packets[size_t(packet)];
+      tables.segments.push_back({group, offsets[i] + done, piece, packet, row.blocks, row.groups, origin});
+      int64_t groups = ceil_div(piece, format.group), blocks = ceil_div(piece, kBlock);
+      row.digest = int64_t(mix64(uint64_t(row.digest) ^ uint64_t(piece)));
+      row.groups += groups;
+      row.blocks += blocks;
+      group += groups;
+      origin += blocks;
+      done += piece;
+    }
+  }
+  for (Packet& row : tables.packets) row.nbytes = packet_nbytes(format.kind, row.groups, row.blocks);
+  tables.segments.push_back({total_groups, 0, 0, 0, 0, 0, origin});
+  return tables;
+}
+
+}  // namespace smallreduce

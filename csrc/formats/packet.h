@@ -1,0 +1,50 @@
+// Sizes, positions, tag and digest of a packet (docs/wire-formats.md, sections 1 to 3).
+#pragma once
+
+#include "formats/types.h"
+
+namespace smallreduce::SR_TARGET {
+
+// Bits of one element's code.
+SR_FN constexpr int code_bits(Kind kind) {
+  switch (kind) {
+    case Kind::kCastFloat32: return 32;
+    case Kind::kCastBFloat16:
+    case Kind::kCastFloat16: return 16;
+    case Kind::kCastE4M3:
+    case Kind::kCastE5M2:
+    case Kind::kInt8: return 8;
+    case Kind::kInt4: return 4;
+    case Kind::kInt2: return 2;
+    case Kind::kSign: return 1;
+  }
+  return 0;
+}
+
+SR_FN constexpr bool is_cast(Kind kind) { return int(kind) < int(Kind::kSign); }
+
+SR_FN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SR_FN constexpr int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+SR_FN constexpr int64_t block_bytes(Kind kind) { return 4 * code_bits(kind); }
+SR_FN constexpr int64_t scale_bytes(Kind kind, int64_t groups) { return is_cast(kind) ? 0 : align16(2 * groups); }
+SR_FN constexpr int64_t codes_offset(Kind kind, int64_t groups) { return kHeaderBytes + scale_bytes(kind, groups); }
+SR_FN constexpr int64_t packet_nbytes(Kind kind, int64_t groups, int64_t blocks) {
+  return codes_offset(kind, groups) + align16(block_bytes(kind) * blocks);
+}
+
+SR_FN constexpr uint64_t mix64(uint64_t z) {
+  z ^= z >> 30;
+  z *= 0xbf58476d1ce4e5b9ull;
+  z ^= z >> 27;
+  z *= 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+SR_FN constexpr uint64_t packet_tag(Kind kind, int64_t group, bool hadamard, ElementType type) {
+  uint64_t flags = uint64_t(hadamard) | uint64_t(type) << 1;
+  uint64_t group32 = is_cast(kind) ? 0 : uint64_t(group / kBlock);
+  return 0x31524d53ull | uint64_t(kind) << 32 | flags << 40 | group32 << 48;
+}
+
+}  // namespace smallreduce::SR_TARGET
