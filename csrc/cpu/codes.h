@@ -15,48 +15,72 @@ SR_FN float read_scale(const uint8_t* scale) {
   return bits > kMaxScale ? float_of(kNanBits) : float_from_bfloat16(bits);
 }
 
-// kBits 8, 4 or 2. A byte holds element j and those kStride further on, so that packing needs no shuffle.
+// kBits 8, 4 or 2. A byte holds elements a whole number of registers apart, so that packing needs no shuffle.
 template <int kBits>
 struct IntCodes {
   static constexpr int kStride = 4 * kBits;  // bytes of a block
-  static constexpr int kPerByte = 8 / kBits;
   static constexpr int kZero = IntLevels<kBits>::kZero;
 
+  // One register of codes, as int_code() gives them one by one.
+  SR_FN IntVector codes_of(FloatVector values, float inverse, FloatVector offset) {
+    IntVector codes = __builtin_convertvector(values * inverse + offset, IntVector);
+    codes = codes > 1 ? codes : IntVector{} + 1;
+    return codes > 2 * kZero - 1 ? IntVector{} + (2 * kZero - 1) : codes;
+  }
+
+  SR_FN FloatVector offset_of(UIntVector random) {
+    return FloatVector(rounding_offset_bits<kBits>(random));
+  }
+
   template <bool kStochastic>
-  SR_FN void encode(const float* __restrict values, float inverse, RandomKey key, uint32_t origin, uint8_t* __restrict codes) {
-    uint8_t flat[kBlock];
-    uint8_t* target = kPerByte == 1 ? codes : flat;
-    if constexpr (kPerByte == 2) {
-      for (int j = 0; j < 16; ++j) {
-        uint32_t random = kStochastic ? random_pair(key, origin, uint32_t(j)) : 0;
-        float low_offset = kStochastic ? rounding_offset<kBits>(random & 0xffffu) : kZero + 0.5f;
-        float high_offset = kStochastic ? rounding_offset<kBits>(random >> 16) : kZero + 0.5f;
-        int32_t low = int_code<kBits>(values[j], inverse, low_offset);
-        int32_t high = int_code<kBits>(values[j + 16], inverse, high_offset);
-        codes[j] = uint8_t(low | high << 4);
+  SR_FN void encode(const float* __restrict values, float inverse, RandomKey key, uint32_t origin,
+                    uint8_t* __restrict codes) {
+    uint8_t halves[16];
+    for (int j = 0; j < 16; j += kLanes) {
+      FloatVector low_offset = FloatVector{} + (kZero + 0.5f), high_offset = low_offset;
+      if constexpr (kStochastic) {
+        UIntVector random = random_pair(key, origin, lane_numbers() + uint32_t(j));
+        low_offset = offset_of(random & 0xffffu);
+        high_offset = offset_of(random >> 16);
       }
-      return;
+      IntVector low = codes_of(load_lanes(values + j), inverse, low_offset);
+      IntVector high = codes_of(load_lanes(values + j + 16), inverse, high_offset);
+      if constexpr (kBits == 8) {
+        store_bytes(low, codes + j);
+        store_bytes(high, codes + j + 16);
+      } else {
+        store_bytes(low | high << 4, kBits == 4 ? codes + j : halves + j);
+      }
     }
-    for (int j = 0; j < 16; ++j) {
-      uint32_t random = kStochastic ? random_pair(key, origin, uint32_t(j)) : 0;
-      float low_offset = kStochastic ? rounding_offset<kBits>(random & 0xffffu) : kZero + 0.5f;
-      float high_offset = kStochastic ? rounding_offset<kBits>(random >> 16) : kZero + 0.5f;
-      target[j] = uint8_t(int_code<kBits>(values[j], inverse, low_offset));
-      target[j + 16] = uint8_t(int_code<kBits>(values[j + 16], inverse, high_offset));
-    }
-    if constexpr (kPerByte == 4) {
-      for (int j = 0; j < 8; ++j) codes[j] = uint8_t(flat[j] | flat[j + 8] << 2 | flat[j + 16] << 4 | flat[j + 24] << 6);
+    if constexpr (kBits == 2) {
+      uint64_t pairs[2];
+      memcpy(pairs, halves, sizeof pairs);
+      uint64_t packed = pairs[0] | pairs[1] << 2;
+      memcpy(codes, &packed, sizeof packed);
     }
   }
 
   SR_FN void decode(const uint8_t* __restrict codes, float scale, float* __restrict values) {
-    constexpr uint32_t mask = (1u << kBits) - 1;
-    for (int part = 0; part < kPerByte; ++part) {
-      for (int j = 0; j < kStride; ++j) {
-        int32_t code = int32_t(uint32_t(codes[j]) >> (part * kBits) & mask);
-        values[part * kStride + j] = float(code - kZero) * scale;
+    if constexpr (kBits == 8) {
+      for (int j = 0; j < kBlock; j += kLanes) decode_lanes(load_bytes(codes + j), scale, values + j);
+    } else if constexpr (kBits == 4) {
+      for (int j = 0; j < 16; j += kLanes) {
+        IntVector bytes = load_bytes(codes + j);
+        decode_lanes(bytes & 15, scale, values + j);
+        decode_lanes(bytes >> 4, scale, values + j + 16);
+      }
+    } else {
+      for (int j = 0; j < 16; j += kLanes) {
+        IntVector shift = (IntVector(lane_numbers()) + j) >> 3 << 1;
+        IntVector bytes = load_repeated_bytes(codes, j) >> shift;
+        decode_lanes(bytes & 3, scale, values + j);
+        decode_lanes(bytes >> 4 & 3, scale, values + j + 16);
       }
     }
+  }
+
+  SR_FN void decode_lanes(IntVector codes, float scale, float* values) {
+    store_lanes(values, __builtin_convertvector(codes - kZero, FloatVector) * scale);
   }
 };
 

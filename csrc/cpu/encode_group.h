@@ -1,5 +1,5 @@
-// One group from values to scale, codes and residual. The values come in tiles from a source: a worker's own elements, or the
-// sum of the ranks' packets.
+// Groups from values to scales, codes and residual. The values come in tiles from a source: a worker's own elements, or the sum
+// of the ranks' packets.
 #pragma once
 
 #include "cpu/codes.h"
@@ -17,13 +17,27 @@ SR_FN float compensate(float value, float residual, bool limit) {
   return limit && is_finite(value) ? limit_to_finite(sum) : sum;
 }
 
-// The elements of one group of a buffer.
+SR_FN void subtract(const float* __restrict a, const float* __restrict b, int64_t count, float* __restrict difference) {
+  for (int64_t i = 0; i < count; ++i) difference[i] = a[i] - b[i];
+}
+
+// From the transformed domain back, in place (docs/wire-formats.md, section 8).
+SR_FN void inverse_hadamard(float* tile, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) hadamard_block(tile + b * kBlock, 0x1p-5f);
+  for (int64_t i = 0; i < blocks * kBlock; ++i) tile[i] = limit_to_finite(tile[i] * 0x1p5f);
+}
+
+// Elements of a buffer, contiguous and within one segment.
 template <typename Buffer>
 struct WorkerSource {
   const typename Buffer::Storage* input;
   float* residual;  // null: no feedback
   int64_t length;
   bool hadamard;
+
+  SR_MEMBER WorkerSource part(int64_t first, int64_t count) const {
+    return {input + first, residual ? residual + first : nullptr, count, hadamard};
+  }
 
   // The compensated values, before any transform, of elements [begin, begin + count), zeros up to a whole block.
   SR_MEMBER void load_original(int64_t begin, int64_t count, bool limit, float* __restrict tile) const {
@@ -47,32 +61,45 @@ struct WorkerSource {
     for (int64_t b = 0; b < blocks_of(count); ++b) hadamard_block(tile + b * kBlock, 0x1p-5f);
   }
 
-  // `decoded`: what a decoder sees before the inverse transform; overwritten.
-  SR_MEMBER void keep_residual(int64_t begin, int64_t count, bool limit, float* __restrict decoded) const {
-    if (hadamard) {
-      for (int64_t b = 0; b < blocks_of(count); ++b) hadamard_block(decoded + b * kBlock, 0x1p-5f);
-      for (int64_t i = 0; i < blocks_of(count) * kBlock; ++i) decoded[i] = limit_to_finite(decoded[i] * 0x1p5f);
+  // load() without a copy where the buffer already holds what it would write.
+  SR_MEMBER const float* view(int64_t begin, int64_t count, float* __restrict tile) const {
+    if constexpr (sizeof(typename Buffer::Storage) == sizeof(float)) {
+      if (!residual && !hadamard && count % kBlock == 0) return input + begin;
     }
-    float original[kTile];
-    load_original(begin, count, limit, original);
-    float* e = residual + begin;
-    for (int64_t i = 0; i < count; ++i) e[i] = original[i] - decoded[i];
+    load(begin, count, false, tile);
+    return tile;
+  }
+
+  // `loaded`: what load() gave; `decoded`: what a decoder sees before the inverse transform. Both are scratch afterwards.
+  SR_MEMBER void keep_residual(int64_t begin, int64_t count, bool limit, float* __restrict loaded,
+                               float* __restrict decoded) const {
+    if (hadamard) {
+      inverse_hadamard(decoded, blocks_of(count));
+      load_original(begin, count, limit, loaded);
+    }
+    subtract(loaded, decoded, count, residual + begin);
   }
 };
 
+SR_FN IntVector absmax_lanes(const float* values, int64_t blocks) {
+  IntVector largest = {};
+  for (int64_t i = 0; i < blocks * kBlock; i += kLanes) {
+    IntVector magnitude = IntVector(load_lanes(values + i)) & int32_t(~kSignBit);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
 template <typename Source>
 SR_FN uint32_t absmax_bits(const Source& source, bool limit, float* __restrict tile) {
-  uint32_t largest = 0;
+  IntVector largest = {};
   for (int64_t begin = 0; begin < source.length; begin += kTile) {
     int64_t count = source.length - begin < kTile ? source.length - begin : kTile;
     source.load(begin, count, limit, tile);
-    int64_t padded = blocks_of(count) * kBlock;
-    for (int64_t i = 0; i < padded; ++i) {
-      uint32_t magnitude = magnitude_bits(tile[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    IntVector lanes = absmax_lanes(tile, blocks_of(count));
+    largest = lanes > largest ? lanes : largest;
   }
-  return largest;
+  return uint32_t(largest_lane(largest));
 }
 
 // The sum of section 5's Sign: 32 accumulators, then a tree.
@@ -84,13 +111,12 @@ SR_FN float magnitude_sum(const Source& source, bool limit, float* __restrict ti
     source.load(begin, count, limit, tile);
     for (int64_t b = 0; b < blocks_of(count); ++b) {
       for (int i = 0; i < kVectors; ++i) {
-        IntVector bits = IntVector(*(const UnalignedFloatVector*)(tile + b * kBlock + i * kLanes));
-        sums[i] += FloatVector(bits & int32_t(~kSignBit));
+        sums[i] += FloatVector(IntVector(load_lanes(tile + b * kBlock + i * kLanes)) & int32_t(~kSignBit));
       }
     }
   }
   float lanes[kBlock];
-  for (int i = 0; i < kVectors; ++i) *(UnalignedFloatVector*)(lanes + i * kLanes) = sums[i];
+  for (int i = 0; i < kVectors; ++i) store_lanes(lanes + i * kLanes, sums[i]);
   for (int h = 16; h >= 1; h /= 2) {
     for (int j = 0; j < h; ++j) lanes[j] += lanes[j + h];
   }
@@ -127,6 +153,22 @@ SR_FN GroupScale measure(const Source& source, float* __restrict tile) {
   }
 }
 
+template <Kind kKind>
+SR_FN void encode_int_blocks(const float* values, int64_t blocks, float inverse, RandomKey key, uint32_t origin,
+                             bool stochastic, uint8_t* codes) {
+  if (stochastic) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      Codes<kKind>::template encode<true>(values + b * kBlock, inverse, key, origin + uint32_t(b),
+                                          codes + b * block_bytes(kKind));
+    }
+  } else {
+    for (int64_t b = 0; b < blocks; ++b) {
+      Codes<kKind>::template encode<false>(values + b * kBlock, inverse, key, 0, codes + b * block_bytes(kKind));
+    }
+  }
+}
+
+// Any one group, at its own pace: larger than a tile, or not finite.
 template <Kind kKind, typename Source>
 SR_FN void encode_scaled_group(const Source& source, const GroupCodes<uint8_t>& target, RandomKey key, uint32_t origin,
                                bool stochastic) {
@@ -145,21 +187,12 @@ SR_FN void encode_scaled_group(const Source& source, const GroupCodes<uint8_t>& 
       for (int64_t b = 0; b < blocks; ++b) ((UnalignedU32*)codes)[b] = nonnegative_bits(tile + b * kBlock);
     } else {
       if (!finite) memset(tile, 0, size_t(blocks * kBlock) * sizeof(float));
-      uint32_t block_origin = origin + uint32_t(begin / kBlock);
-      if (stochastic) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          Codes<kKind>::template encode<true>(tile + b * kBlock, inverse, key, block_origin + uint32_t(b),
-                                              codes + b * block_bytes(kKind));
-        }
-      } else {
-        for (int64_t b = 0; b < blocks; ++b) {
-          Codes<kKind>::template encode<false>(tile + b * kBlock, inverse, key, 0, codes + b * block_bytes(kKind));
-        }
-      }
+      encode_int_blocks<kKind>(tile, blocks, inverse, key, origin + uint32_t(begin / kBlock), stochastic, codes);
     }
     if (!source.residual || !finite) continue;
-    for (int64_t b = 0; b < blocks; ++b) Codes<kKind>::decode(codes + b * block_bytes(kKind), value, tile + b * kBlock);
-    source.keep_residual(begin, count, scale.limit, tile);
+    float decoded[kTile];
+    for (int64_t b = 0; b < blocks; ++b) Codes<kKind>::decode(codes + b * block_bytes(kKind), value, decoded + b * kBlock);
+    source.keep_residual(begin, count, scale.limit, tile, decoded);
   }
 }
 
@@ -186,13 +219,77 @@ SR_FN void encode_cast_group(const Source& source, uint8_t* codes) {
   }
 }
 
+// As many integer groups as fit into a tile, pass by pass over all of them: the chain from absmax to scale to codes of one group
+// would leave the processor waiting. False if one of them is not finite; then nothing but scratch has been written.
 template <Kind kKind, typename Source>
-SR_FN void encode_group(const Source& source, const GroupCodes<uint8_t>& target, RandomKey key, uint32_t origin,
-                        bool stochastic) {
-  if constexpr (is_cast(kKind)) {
-    encode_cast_group<kKind>(source, target.codes);
-  } else {
-    encode_scaled_group<kKind>(source, target, key, origin, stochastic);
+SR_FN bool encode_batch(const Source& source, int64_t begin, int64_t count, int64_t group_size,
+                        const GroupCodes<uint8_t>& target, RandomKey key, uint32_t origin, bool stochastic) {
+  constexpr int64_t kMaxGroups = kTile / kBlock;
+  float tile[kTile];
+  const float* values = source.view(begin, count, tile);
+  int64_t groups = ceil_div(count, group_size), group_blocks = group_size / kBlock, blocks = blocks_of(count);
+  auto blocks_in = [&](int64_t g) {
+    int64_t rest = blocks - g * group_blocks;
+    return rest < group_blocks ? rest : group_blocks;
+  };
+  uint32_t absmax[kMaxGroups], largest = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    absmax[g] = uint32_t(largest_lane(absmax_lanes(values + g * group_size, blocks_in(g))));
+    largest = absmax[g] > largest ? absmax[g] : largest;
+  }
+  if (largest >= kInfBits) return false;
+  uint16_t scales[kMaxGroups];
+  float inverses[kMaxGroups];
+  for (int64_t g = 0; g < groups; ++g) {
+    scales[g] = int_scale<code_bits(kKind)>(absmax[g]);
+    inverses[g] = inverse_scale(scales[g]);
+  }
+  memcpy(target.scale, scales, size_t(groups) * sizeof(uint16_t));
+  for (int64_t g = 0; g < groups; ++g) {
+    encode_int_blocks<kKind>(values + g * group_size, blocks_in(g), inverses[g], key,
+                             origin + uint32_t(g * group_blocks), stochastic,
+                             target.codes + g * group_blocks * block_bytes(kKind));
+  }
+  if (!source.residual) return true;
+  float decoded[kTile];
+  for (int64_t g = 0; g < groups; ++g) {
+    float scale = float_from_bfloat16(scales[g]);
+    const uint8_t* codes = target.codes + g * group_blocks * block_bytes(kKind);
+    for (int64_t b = 0; b < blocks_in(g); ++b) {
+      Codes<kKind>::decode(codes + b * block_bytes(kKind), scale, decoded + g * group_size + b * kBlock);
+    }
+  }
+  source.keep_residual(begin, count, false, tile, decoded);
+  return true;
+}
+
+// A run of groups of one segment in one packet. `source` covers its elements, `target` and `origin` are its first group's.
+template <Kind kKind, typename Source>
+SR_FN void encode_run(const Source& source, int64_t group_size, const GroupCodes<uint8_t>& target, RandomKey key,
+                      uint32_t origin, bool stochastic) {
+  constexpr bool is_int = !is_cast(kKind) && kKind != Kind::kSign;
+  int64_t batch = is_int && group_size < kTile ? kTile / group_size * group_size : group_size;
+  for (int64_t begin = 0; begin < source.length; begin += batch) {
+    int64_t count = source.length - begin < batch ? source.length - begin : batch;
+    auto at = [&](int64_t element) {
+      return GroupCodes<uint8_t>{target.scale + 2 * (element / group_size),
+                                 target.codes + element / kBlock * block_bytes(kKind)};
+    };
+    if constexpr (is_int) {
+      if (batch <= kTile && encode_batch<kKind>(source, begin, count, group_size, at(begin), key,
+                                                origin + uint32_t(begin / kBlock), stochastic)) {
+        continue;
+      }
+    }
+    for (int64_t first = begin; first < begin + count; first += group_size) {
+      int64_t length = begin + count - first < group_size ? begin + count - first : group_size;
+      if constexpr (is_cast(kKind)) {
+        encode_cast_group<kKind>(source.part(first, length), at(first).codes);
+      } else {
+        encode_scaled_group<kKind>(source.part(first, length), at(first), key, origin + uint32_t(first / kBlock),
+                                   stochastic);
+      }
+    }
   }
 }
 

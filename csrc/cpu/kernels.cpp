@@ -18,13 +18,12 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
   const auto* input = static_cast<const typename Buffer::Storage*>(args.input);
   RandomKey key = random_key(args.seed, args.step);
   int64_t group_size = args.format.group;
-  for_each_group(args.layout, group_size, begin, end, [&](const Group& group) {
-    int64_t packet = group.segment->packet;
-    auto target = locate(args.packets + packet * args.stride, kKind, args.layout.packets[packet], group, group_size);
-    float* residual = args.residual ? args.residual + group.origin() * kBlock : nullptr;
-    WorkerSource<Buffer> source{input + group.segment->offset + group.first, residual, group.length,
-                                args.format.hadamard};
-    encode_group<kKind>(source, target, key, uint32_t(group.origin()), args.format.stochastic);
+  for_each_run(args.layout, group_size, begin, end, [&](const Run& run) {
+    int64_t packet = run.segment->packet;
+    auto target = locate(args.packets + packet * args.stride, kKind, args.layout.packets[packet], run, group_size);
+    float* residual = args.residual ? args.residual + run.origin() * kBlock : nullptr;
+    WorkerSource<Buffer> source{input + run.segment->offset + run.first, residual, run.length, args.format.hadamard};
+    encode_run<kKind>(source, group_size, target, key, uint32_t(run.origin()), args.format.stochastic);
   });
 }
 
@@ -33,46 +32,67 @@ SR_FN float decoding_scale(const uint8_t* scale, float factor) {
   return is_cast(kKind) ? factor : read_scale(scale) * factor;
 }
 
-// The sum of the ranks' packets over blocks [begin, begin + blocks) of a group, in the transformed domain.
+// The sum of the ranks' packets over a run, in the transformed domain.
 template <Kind kKind>
 struct Sum {
-  const uint8_t* packets;
+  const uint8_t* scales;  // of the run's first group in rank 0's packet
+  const uint8_t* codes;
   int64_t ranks, stride;
   float factor;
-  const Packet* row;
-  Group group;
   int64_t group_size;
 
+  // From element `begin` of the run, which starts a block.
   SR_MEMBER void load(int64_t begin, int64_t blocks, float* __restrict tile) const {
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      auto from = locate(packets + rank * stride, kKind, *row, group, group_size);
-      float scale = decoding_scale<kKind>(from.scale, factor);
-      const uint8_t* codes = from.codes + begin / kBlock * block_bytes(kKind);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* block_codes = codes + b * block_bytes(kKind);
-        float* target = tile + b * kBlock;
-        if (rank == 0) {
-          Codes<kKind>::decode(block_codes, scale, target);
-        } else {
-          float decoded[kBlock];
-          Codes<kKind>::decode(block_codes, scale, decoded);
-          for (int j = 0; j < kBlock; ++j) target[j] += decoded[j];
+      const uint8_t* block_codes = codes + rank * stride + begin / kBlock * block_bytes(kKind);
+      for (int64_t done = 0; done < blocks;) {
+        int64_t element = begin + done * kBlock, number = element / group_size;
+        int64_t group_end = ((number + 1) * group_size - begin) / kBlock;
+        int64_t stop = group_end < blocks ? group_end : blocks;
+        float scale = decoding_scale<kKind>(scales + rank * stride + 2 * number, factor);
+        for (; done < stop; ++done, block_codes += block_bytes(kKind)) {
+          float* target = tile + done * kBlock;
+          if (rank == 0) {
+            Codes<kKind>::decode(block_codes, scale, target);
+          } else {
+            float decoded[kBlock];
+            Codes<kKind>::decode(block_codes, scale, decoded);
+            for (int j = 0; j < kBlock; j += kLanes) {
+              store_lanes(target + j, load_lanes(target + j) + load_lanes(decoded + j));
+            }
+          }
         }
       }
     }
   }
 };
 
-// The elements of one group of the reduced shard; its residual is a server's.
+template <Kind kKind, typename Args>
+SR_FN Sum<kKind> sum_of(const Args& args, const Run& run) {
+  auto from = locate(args.packets, kKind, args.layout.packets[0], run, args.format.group);
+  return {from.scale, from.codes, args.ranks, args.stride, args.factor, args.format.group};
+}
+
+// Elements of the reduced shard, `start` into the run that is summed; their residual is a server's.
 template <Kind kKind>
 struct ServerSource {
   Sum<kKind> sum;
   float* residual;
   int64_t length;
+  int64_t start;
+
+  SR_MEMBER ServerSource part(int64_t first, int64_t count) const {
+    return {sum, residual ? residual + first : nullptr, count, start + first};
+  }
+
+  SR_MEMBER const float* view(int64_t begin, int64_t count, float* __restrict tile) const {
+    load(begin, count, false, tile);
+    return tile;
+  }
 
   SR_MEMBER void load(int64_t begin, int64_t count, bool limit, float* __restrict tile) const {
     int64_t blocks = blocks_of(count);
-    sum.load(begin, blocks, tile);
+    sum.load(start + begin, blocks, tile);
     for (int64_t i = count; i < blocks * kBlock; ++i) tile[i] = 0.0f;
     if (!residual) return;
     const float* e = residual + begin;
@@ -83,11 +103,9 @@ struct ServerSource {
     }
   }
 
-  SR_MEMBER void keep_residual(int64_t begin, int64_t count, bool limit, float* __restrict decoded) const {
-    float original[kTile];
-    load(begin, count, limit, original);
-    float* e = residual + begin;
-    for (int64_t i = 0; i < count; ++i) e[i] = original[i] - decoded[i];
+  SR_MEMBER void keep_residual(int64_t begin, int64_t count, bool, float* __restrict loaded,
+                               float* __restrict decoded) const {
+    subtract(loaded, decoded, count, residual + begin);
   }
 };
 
@@ -95,19 +113,13 @@ template <Kind kKind>
 void reduce_encode(const ReduceEncodeArgs& args, int64_t begin, int64_t end) {
   RandomKey key = random_key(args.seed, args.step);
   int64_t group_size = args.format.group;
-  for_each_group(args.layout, group_size, begin, end, [&](const Group& group) {
-    auto target = locate(args.packet, kKind, args.layout.packets[0], group, group_size);
-    int64_t length = args.format.hadamard ? blocks_of(group.length) * kBlock : group.length;
-    float* residual = args.residual ? args.residual + group.block() * kBlock : nullptr;
-    Sum<kKind> sum{args.packets, args.ranks, args.stride, args.factor, args.layout.packets, group, group_size};
-    ServerSource<kKind> source{sum, residual, length};
-    encode_group<kKind>(source, target, key, uint32_t(group.origin()), args.format.stochastic);
+  for_each_run(args.layout, group_size, begin, end, [&](const Run& run) {
+    auto target = locate(args.packet, kKind, args.layout.packets[0], run, group_size);
+    int64_t length = args.format.hadamard ? blocks_of(run.length) * kBlock : run.length;
+    float* residual = args.residual ? args.residual + run.block() * kBlock : nullptr;
+    ServerSource<kKind> source{sum_of<kKind>(args, run), residual, length, 0};
+    encode_run<kKind>(source, group_size, target, key, uint32_t(run.origin()), args.format.stochastic);
   });
-}
-
-SR_FN void inverse_hadamard(float* tile, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; ++b) hadamard_block(tile + b * kBlock, 0x1p-5f);
-  for (int64_t i = 0; i < blocks * kBlock; ++i) tile[i] = limit_to_finite(tile[i] * 0x1p5f);
 }
 
 template <typename Buffer>
@@ -127,55 +139,35 @@ SR_FN void store(const float* __restrict tile, int64_t count, bool stream, typen
   for (int64_t i = 0; i < count; ++i) output[i] = Buffer::store(tile[i]);
 }
 
-template <typename Buffer>
-SR_FN bool may_stream(const Layout& layout, int64_t group_size, const typename Buffer::Storage* output) {
-  return sizeof(typename Buffer::Storage) == sizeof(float) && reinterpret_cast<uintptr_t>(output) % 64 == 0 &&
-         layout.groups() * group_size * int64_t(sizeof(float)) >= kStreamFromBytes;
+// Decodes the sum of `ranks` packets into a buffer.
+template <Kind kKind, typename Buffer, typename Args>
+SR_FN void decode_run(const Args& args, const Sum<kKind>& sum, const Run& run) {
+  auto* output = static_cast<typename Buffer::Storage*>(args.output) + run.segment->offset + run.first;
+  bool stream = sizeof(*output) == sizeof(float) && reinterpret_cast<uintptr_t>(output) % 64 == 0 &&
+                args.layout.groups() * args.format.group * int64_t(sizeof(float)) >= kStreamFromBytes;
+  float tile[kTile];
+  for (int64_t first = 0; first < run.length; first += kTile) {
+    int64_t count = run.length - first < kTile ? run.length - first : kTile;
+    sum.load(first, blocks_of(count), tile);
+    if (args.format.hadamard) inverse_hadamard(tile, blocks_of(count));
+    store<Buffer>(tile, count, stream, output + first);
+  }
+  if (stream) finish_streaming();
 }
 
 template <Kind kKind, typename Buffer>
 void decode(const DecodeArgs& args, int64_t begin, int64_t end) {
-  int64_t group_size = args.format.group;
-  bool streamed = false;
-  for_each_group(args.layout, group_size, begin, end, [&](const Group& group) {
-    int64_t packet = group.segment->packet;
-    auto from = locate(args.packets + packet * args.stride, kKind, args.layout.packets[packet], group, group_size);
-    auto* output = static_cast<typename Buffer::Storage*>(args.output) + group.segment->offset + group.first;
-    float scale = decoding_scale<kKind>(from.scale, 1.0f);
-    bool stream = may_stream<Buffer>(args.layout, group_size, output);
-    streamed |= stream;
-    float tile[kTile];
-    for (int64_t first = 0; first < group.length; first += kTile) {
-      int64_t count = group.length - first < kTile ? group.length - first : kTile;
-      const uint8_t* codes = from.codes + first / kBlock * block_bytes(kKind);
-      for (int64_t b = 0; b < blocks_of(count); ++b) {
-        Codes<kKind>::decode(codes + b * block_bytes(kKind), scale, tile + b * kBlock);
-      }
-      if (args.format.hadamard) inverse_hadamard(tile, blocks_of(count));
-      store<Buffer>(tile, count, stream, output + first);
-    }
+  for_each_run(args.layout, args.format.group, begin, end, [&](const Run& run) {
+    int64_t packet = run.segment->packet;
+    auto from = locate(args.packets + packet * args.stride, kKind, args.layout.packets[packet], run, args.format.group);
+    decode_run<kKind, Buffer>(args, Sum<kKind>{from.scale, from.codes, 1, 0, 1.0f, args.format.group}, run);
   });
-  if (streamed) finish_streaming();
 }
 
 template <Kind kKind, typename Buffer>
 void reduce(const ReduceArgs& args, int64_t begin, int64_t end) {
-  int64_t group_size = args.format.group;
-  bool streamed = false;
-  for_each_group(args.layout, group_size, begin, end, [&](const Group& group) {
-    Sum<kKind> sum{args.packets, args.ranks, args.stride, args.factor, args.layout.packets, group, group_size};
-    auto* output = static_cast<typename Buffer::Storage*>(args.output) + group.segment->offset + group.first;
-    bool stream = may_stream<Buffer>(args.layout, group_size, output);
-    streamed |= stream;
-    float tile[kTile];
-    for (int64_t first = 0; first < group.length; first += kTile) {
-      int64_t count = group.length - first < kTile ? group.length - first : kTile;
-      sum.load(first, blocks_of(count), tile);
-      if (args.format.hadamard) inverse_hadamard(tile, blocks_of(count));
-      store<Buffer>(tile, count, stream, output + first);
-    }
-  });
-  if (streamed) finish_streaming();
+  for_each_run(args.layout, args.format.group, begin, end,
+               [&](const Run& run) { decode_run<kKind, Buffer>(args, sum_of<kKind>(args, run), run); });
 }
 
 // Calls `Body<kKind>::run` for the kind at hand.

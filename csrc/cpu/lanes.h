@@ -22,17 +22,72 @@ constexpr int kVectors = int(kBlock) / kLanes;
 
 typedef float FloatVector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UIntVector __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t ByteVector __attribute__((vector_size(kLanes)));
 typedef float UnalignedFloatVector __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint8_t UnalignedByteVector __attribute__((vector_size(kLanes), aligned(1)));
+
+SR_FN FloatVector load_lanes(const float* from) { return *(const UnalignedFloatVector*)from; }
+SR_FN void store_lanes(float* to, FloatVector lanes) { *(UnalignedFloatVector*)to = lanes; }
+
+// One byte a lane. (GCC 12 widens bytes lane by lane.)
+SR_FN IntVector load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return IntVector(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return IntVector(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  return __builtin_convertvector(*(const UnalignedByteVector*)from, IntVector);
+#endif
+}
+// Lanes j to j + kLanes - 1 of 16 lanes that hold 8 bytes twice over.
+SR_FN IntVector load_repeated_bytes(const uint8_t* from, int j) {
+#if defined(__AVX512F__)
+  (void)j;
+  int64_t word;
+  memcpy(&word, from, sizeof word);
+  return IntVector(_mm512_cvtepu8_epi32(_mm_set1_epi64x(word)));
+#else
+  return load_bytes(from + j % 8);
+#endif
+}
+SR_FN void store_bytes(IntVector lanes, uint8_t* to) {
+  *(UnalignedByteVector*)to = __builtin_convertvector(lanes, ByteVector);
+}
+
+SR_FN UIntVector lane_numbers() {
+  UIntVector numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = uint32_t(lane);
+  return numbers;
+}
+
+// Lane j of the result is lane j ^ kDistance.
+template <int kDistance, typename Vector>
+SR_FN Vector exchange(Vector v) {
+  IntVector partner;
+  for (int lane = 0; lane < kLanes; ++lane) partner[lane] = lane ^ kDistance;
+  return __builtin_shuffle(v, partner);
+}
+
+template <int kDistance>
+SR_FN IntVector larger_of_partners(IntVector v) {
+  if constexpr (kDistance >= kLanes) {
+    return v;
+  } else {
+    IntVector other = exchange<kDistance>(v);
+    return other > v ? other : v;
+  }
+}
+
+SR_FN int32_t largest_lane(IntVector v) {
+  return larger_of_partners<1>(larger_of_partners<2>(larger_of_partners<4>(larger_of_partners<8>(v))))[0];
+}
 
 template <int kDistance>
 SR_FN FloatVector butterfly_in_register(FloatVector v) {
-  IntVector partner, sign;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    partner[lane] = lane ^ kDistance;
-    sign[lane] = lane & kDistance ? int32_t(kSignBit) : 0;
-  }
-  FloatVector signed_self = FloatVector(IntVector(v) ^ sign);
-  return __builtin_shuffle(v, partner) + signed_self;
+  IntVector sign;
+  for (int lane = 0; lane < kLanes; ++lane) sign[lane] = lane & kDistance ? int32_t(kSignBit) : 0;
+  return exchange<kDistance>(v) + FloatVector(IntVector(v) ^ sign);
 }
 
 template <int kDistance>
@@ -53,13 +108,13 @@ SR_FN void butterfly(FloatVector (&v)[kVectors]) {
 // T of docs/wire-formats.md, section 8, on `scale` times one block, in place.
 SR_FN void hadamard_block(float* block, float scale) {
   FloatVector v[kVectors];
-  for (int i = 0; i < kVectors; ++i) v[i] = *(const UnalignedFloatVector*)(block + i * kLanes) * scale;
+  for (int i = 0; i < kVectors; ++i) v[i] = load_lanes(block + i * kLanes) * scale;
   butterfly<1>(v);
   butterfly<2>(v);
   butterfly<4>(v);
   butterfly<8>(v);
   butterfly<16>(v);
-  for (int i = 0; i < kVectors; ++i) *(UnalignedFloatVector*)(block + i * kLanes) = v[i];
+  for (int i = 0; i < kVectors; ++i) store_lanes(block + i * kLanes, v[i]);
 }
 
 // Bit j is set unless block[j] < 0.

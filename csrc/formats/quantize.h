@@ -28,13 +28,18 @@ SR_FN uint16_t int_scale(uint32_t absmax_bits) {
 
 SR_FN float inverse_scale(uint16_t scale) { return scale == 0 ? 0.0f : 1.0f / float_from_bfloat16(scale); }
 
-// random: 16 bits in the low half of a word. Returns c + u for stochastic rounding, exact in fp32.
-template <int kBits>
-SR_FN float rounding_offset(uint32_t random) {
-  // A float in [c, 2c) with the random bits where its mantissa counts in units of 2^-16.
+// random: 16 bits in the low half of a word (or of each word of a vector). The bits of c + u for stochastic rounding, exact in fp32: a
+// float in [c, 2c) with the random bits where its mantissa counts in units of 2^-16.
+template <int kBits, typename Word>
+SR_FN Word rounding_offset_bits(Word random) {
   constexpr uint32_t base = uint32_t(127 + kBits - 1) << 23;
   constexpr int shift = 23 - (kBits - 1) - 16;
-  return float_of(base | ((random | 1u) << shift));
+  return ((random | 1u) << shift) | base;
+}
+
+template <int kBits>
+SR_FN float rounding_offset(uint32_t random) {
+  return float_of(rounding_offset_bits<kBits>(random));
 }
 
 template <int kBits>
@@ -55,9 +60,10 @@ SR_FN RandomKey random_key(uint64_t seed, uint64_t step) {
   return {uint32_t(key), uint32_t(key >> 32)};
 }
 
-// The random bits of elements j (low half) and j + 16 (high half) of the block with this origin.
-SR_FN uint32_t random_pair(RandomKey key, uint32_t origin, uint32_t j) {
-  uint32_t x = 16u * origin + j + key.low;
+// The random bits of elements j (low half) and j + 16 (high half) of the block with this origin. Word: uint32_t, or a vector of it.
+template <typename Word>
+SR_FN Word random_pair(RandomKey key, uint32_t origin, Word j) {
+  Word x = j + (16u * origin + key.low);
   x ^= x >> 16;
   x *= 0x7feb352du;
   x = (x ^ (x >> 15)) + key.high;
