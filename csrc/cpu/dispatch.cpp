@@ -69,6 +69,15 @@ std::atomic<const Isa*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load()->kernels; }
 
+void check_stride(int64_t stride, const Layout& layout) {
+  for (int64_t p = 0; p < layout.packet_count; ++p) {
+    if (layout.packets[p].nbytes > stride) {
+      throw std::invalid_argument("packets are " + std::to_string(stride) + " bytes apart, but packet " +
+                                  std::to_string(p) + " takes " + std::to_string(layout.packets[p].nbytes));
+    }
+  }
+}
+
 void write_header(uint8_t* packet, const Format& format, const Packet& row, ElementType type) {
   uint64_t header[2] = {uint64_t(row.digest), packet_tag(format.kind, format.group, format.hadamard, type)};
   memcpy(packet, header, sizeof header);
@@ -114,6 +123,7 @@ std::string current_isa() { return chosen().load()->name; }
 void set_isa(const std::string& name) { chosen() = &find_isa(name); }
 
 void encode(const EncodeArgs& args, int threads) {
+  check_stride(args.stride, args.layout);
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     write_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type);
   }
@@ -121,6 +131,7 @@ void encode(const EncodeArgs& args, int threads) {
 }
 
 void decode(const DecodeArgs& args, int threads) {
+  check_stride(args.stride, args.layout);
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type, p);
   }
@@ -128,6 +139,7 @@ void decode(const DecodeArgs& args, int threads) {
 }
 
 void reduce(const ReduceArgs& args, int threads) {
+  check_stride(args.stride, args.layout);
   for (int64_t r = 0; r < args.ranks; ++r) {
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], args.type, r);
   }
@@ -135,6 +147,7 @@ void reduce(const ReduceArgs& args, int threads) {
 }
 
 void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads) {
+  check_stride(args.stride, args.layout);
   for (int64_t r = 0; r < args.ranks; ++r) {
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], type, r);
   }

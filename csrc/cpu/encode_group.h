@@ -73,11 +73,12 @@ struct WorkerSource {
   // `loaded`: what load() gave; `decoded`: what a decoder sees before the inverse transform. Both are scratch afterwards.
   SR_MEMBER void keep_residual(int64_t begin, int64_t count, bool limit, float* __restrict loaded,
                                float* __restrict decoded) const {
-    if (hadamard) {
-      inverse_hadamard(decoded, blocks_of(count));
-      load_original(begin, count, limit, loaded);
-    }
-    subtract(loaded, decoded, count, residual + begin);
+    float* e = residual + begin;
+    if (!hadamard) return subtract(loaded, decoded, count, e);
+    inverse_hadamard(decoded, blocks_of(count));
+    load_original(begin, count, limit, loaded);
+    // One wrong coefficient moves an element by up to twice the largest: the difference of two finite values may overflow.
+    for (int64_t i = 0; i < count; ++i) e[i] = limit_to_finite(loaded[i] - decoded[i]);
   }
 };
 
