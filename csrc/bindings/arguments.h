@@ -46,6 +46,11 @@ inline Layout layout(uintptr_t segments, int64_t segment_count, uintptr_t packet
   return {pointer<const Segment>(segments), segment_count, pointer<const Packet>(packets), packet_count};
 }
 
+inline int64_t rank_count(int64_t ranks) {
+  if (ranks < 1) throw std::invalid_argument("ranks is " + std::to_string(ranks) + ", expected at least 1");
+  return ranks;
+}
+
 inline Layout single_packet_layout(uintptr_t segments, int64_t segment_count, uintptr_t packets, int64_t packet_count) {
   if (packet_count != 1) {
     throw std::invalid_argument("a reduction's layout describes one packet, given " + std::to_string(packet_count));

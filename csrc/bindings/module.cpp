@@ -49,7 +49,7 @@ void cpu_decode(uintptr_t input, int64_t stride, uintptr_t segments, int64_t seg
 void cpu_reduce(uintptr_t input, int64_t stride, int64_t ranks, float factor, uintptr_t segments, int64_t segment_count,
                 uintptr_t packets, int64_t packet_count, int kind, int64_t group, bool hadamard, uintptr_t output,
                 int element_type, int threads) {
-  cpu::reduce({pointer<const uint8_t>(input), ranks, stride, factor,
+  cpu::reduce({pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
                single_packet_layout(segments, segment_count, packets, packet_count),
                format(kind, group, hadamard, false), pointer<void>(output), type(element_type)},
               threads);
@@ -59,7 +59,7 @@ void cpu_reduce_encode(uintptr_t input, int64_t stride, int64_t ranks, float fac
                        int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
                        bool hadamard, bool stochastic, uintptr_t residual, uint64_t seed, uint64_t step, uintptr_t out,
                        int element_type, int threads) {
-  cpu::reduce_encode({pointer<const uint8_t>(input), ranks, stride, factor,
+  cpu::reduce_encode({pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
                       single_packet_layout(segments, segment_count, packets, packet_count),
                       format(kind, group, hadamard, stochastic), pointer<float>(residual), seed, step,
                       pointer<uint8_t>(out)},
