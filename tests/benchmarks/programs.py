@@ -1,0 +1,19 @@
+"""The benchmarks as modules, ``from programs import kernels``.
+
+They are programs, which import each other from their own folder. It is on the path only while they are imported here:
+folders of tests have the names of some of them.
+"""
+
+import sys
+from pathlib import Path
+
+__all__ = ["collectives", "error_bounds", "kernels", "plot", "slow_network", "training"]
+
+ROOT = Path(__file__).parents[2]
+FOLDER = str(ROOT / "benchmarks")
+
+sys.path += [str(ROOT), FOLDER]
+try:
+    from benchmarks import collectives, error_bounds, kernels, plot, slow_network, training
+finally:
+    sys.path.remove(FOLDER)

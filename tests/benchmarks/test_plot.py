@@ -1,0 +1,120 @@
+"""plot.py: the tables say what the results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import plot
+
+SPREAD = {"median": 0.25, "low": 0.2, "high": 0.3, "repeats": 11}
+MADE_BY = {
+    "command": "benchmarks/x.py --steps 4",
+    "time": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789abcdef",
+    "uncommitted_changes": False,
+    "processor": "Some Processor",
+    "cores": 2,
+    "gpu": None,
+    "torch": "2.13.0",
+    "smallreduce": {"cpu": "avx2", "cpus": ["baseline", "avx2"], "cuda": None},
+    "threads": 1,
+    "world_size": 4,
+    "link_rate": "100mbit",
+    "ranks_per_node": "1",
+}
+
+
+def run(method: str, seed: int, step: float, loss: float, sent: float) -> dict[str, Any]:
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": 4,
+        "world_size": 4,
+        "parameters": 1_500_000,
+        "step_seconds": {**SPREAD, "median": step},
+        "compute_seconds": {**SPREAD, "median": 0.1},
+        "exposed_seconds": step - 0.1,
+        "sent_nbytes_per_step": sent,
+        "validation_loss": loss,
+        "wrong": 0,
+    }
+
+
+TRAINING = {
+    "benchmark": "training",
+    **MADE_BY,
+    "rows": [
+        run("ddp", 0, 0.8, 2.0, 9e6),
+        run("ddp", 1, 1.0, 2.2, 9e6),
+        run("ddp", 2, 1.2, 2.1, 9e6),
+        run("int4", 0, 0.25, 2.121, 1e6),
+    ],
+}
+COLLECTIVES = {
+    "benchmark": "collectives",
+    **MADE_BY,
+    "rows": [
+        {
+            "collective": "all_reduce", "codec": "int4", "nbytes": nbytes, "world_size": 4, "feedback": False,
+            "seconds": SPREAD, "ratio": 8.0, "relative_error": 0.125, "wrong": 3, "torch_seconds": SPREAD,
+            "speedup": 6.0, "target_speedup": 7.6,
+        }
+        for nbytes in (1024, 2048)
+    ],
+}  # fmt: skip
+
+
+def test_a_training_table() -> None:
+    rows = plot.training_section(TRAINING).splitlines()
+    assert "1.50 M parameters, 4 steps, 4 ranks, 3 seed(s), links of 100 Mb/s." in rows
+    assert "| `ddp` | 1000 (200-300) | 100 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
+    assert "| `int4` | 250 (200-300) | 100 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
+
+
+def test_a_collectives_table() -> None:
+    text = plot.collectives_section(COLLECTIVES)
+    assert text.startswith("2048 bytes of fp32 on 4 ranks, links of 100 Mb/s. The file has 2 sizes from 1024 bytes.")
+    assert (
+        "| all_reduce | `int4` | 250 (200-300) | 250 (200-300) | 6.00 | 8.00 | 0.75 | 1.2e-01 | 3 | 7.60 missed |"
+        in text
+    )
+
+
+def test_a_result_says_how_it_was_made() -> None:
+    text = plot.where(TRAINING)
+    assert "`python benchmarks/slow_network.py --ranks 4 --rate 100mbit -- python benchmarks/x.py --steps 4`" in text
+    assert "Some Processor, 2 cores; torch 2.13.0; kernels avx2; commit 0123456789; 2026-01-02." in text
+    assert "with uncommitted changes" in plot.where({**TRAINING, "uncommitted_changes": True})
+
+
+def test_a_page_is_filled_between_its_markers() -> None:
+    page = "before\n<!-- begin: training -->\nstale 3.14\n<!-- end: training -->\nafter\n"
+    text = plot.page_text(page, {"training-4": TRAINING, "collectives-4": COLLECTIVES})
+    assert text.startswith("before\n<!-- begin: training -->\n### training-4\n")
+    assert text.endswith("\n<!-- end: training -->\nafter\n")
+    assert "3.14" not in text and "| `int4` | 250" in text
+    assert plot.page_text(text, {"training-4": TRAINING}) == text
+    assert "Not measured yet." in plot.page_text(page, {})
+    with pytest.raises(ValueError, match="no generated part is called 'nonsense'"):
+        plot.page_text("<!-- begin: nonsense -->\n<!-- end: nonsense -->", {})
+
+
+def test_the_summary_shows_limited_links_only() -> None:
+    assert "| `int4` | 250 |" in plot.summary({"training-4": TRAINING})
+    assert "Nothing yet" in plot.summary({"training-4": {**TRAINING, "link_rate": None}})
+
+
+@pytest.mark.parametrize("name, document", [("training", TRAINING), ("collectives", COLLECTIVES)])
+def test_a_picture_carries_the_digest_of_its_results(name: str, document: dict[str, Any], tmp_path: Path) -> None:
+    _, draw, chosen = plot.PICTURES[name]
+    documents = chosen({name: document})
+    assert documents == [document]
+    path = tmp_path / "picture.svg"
+    draw(documents, path, plot.digest_of(documents))
+    first = path.read_bytes()
+    assert plot.digest_of(documents).encode() in first
+    draw(documents, path, plot.digest_of(documents))
+    assert path.read_bytes() == first
+    assert plot.digest_of([{**document, "world_size": 5}]) != plot.digest_of(documents)
