@@ -1,0 +1,221 @@
+"""Bodies of the equality tests: each runs one kernel on one case and compares every byte with the reference.
+
+Guards stand before and after every buffer that a kernel writes, and between the packets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from formats import reference
+from formats.reference import F32, Bits, Codec, ElementType
+from kernels import cases
+from kernels.cases import Guarded, Table
+from kernels.native import Kernels, Layout, build_layout
+
+U8 = npt.NDArray[np.uint8]
+Packets = Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. The buffer begins `skip` elements after a 64-byte boundary, the packets `packet_skip` bytes."""
+
+    codec: Codec
+    element: ElementType
+    contents: str
+    table: Table
+    seed: int = 0
+    stochastic: bool = False
+    skip: int = 0
+    packet_skip: int = 0
+    stride_slack: int = 0  # bytes between two packets
+
+    @property
+    def buffer(self) -> Bits:
+        return cases.contents(self.contents, self.seed, self.table.numel, self.element)
+
+    @property
+    def random_seed(self) -> int:
+        return reference.mix64(self.seed)
+
+    @property
+    def step(self) -> int:
+        return 3 * self.seed + 1
+
+    def encoded(self, rank: int = 0) -> list[bytes]:
+        """The reference's packets of one rank, rounded to nearest."""
+        return _encoded(self.codec, self.element, self.contents, self.table, self.seed + 1000 * rank)
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoded(codec: Codec, element: ElementType, contents: str, table: Table, seed: int) -> list[bytes]:
+    buffer = cases.contents(contents, seed, table.numel, element)
+    data, _ = reference.encode(buffer, table.cut(codec), codec, element)
+    return data
+
+
+class PacketMemory:
+    """Packets `stride` bytes apart, with guard bytes in between."""
+
+    def __init__(self, nbytes: Sequence[int], skip: int, slack: int) -> None:
+        self.nbytes = list(nbytes)
+        self.stride = max(self.nbytes) + slack
+        self.guarded = Guarded(self.stride * len(self.nbytes), skip)
+
+    @property
+    def bytes(self) -> U8:
+        return self.guarded.bytes
+
+    def fill(self, packets: Packets) -> None:
+        for p, data in enumerate(packets):
+            self.bytes[p * self.stride :][: len(data)] = np.frombuffer(data, np.uint8)
+
+    def assert_holds(self, expected: Packets, what: str) -> None:
+        self.guarded.assert_intact()
+        for p, data in enumerate(expected):
+            assert self.nbytes[p] == len(data)
+            slot = self.bytes[p * self.stride : (p + 1) * self.stride]
+            assert_same(slot[: len(data)], np.frombuffer(data, np.uint8), f"{what}, packet {p}")
+            assert (slot[len(data) :] == Guarded.GUARD).all(), f"{what}: wrote past packet {p}"
+
+
+def assert_same(actual: npt.NDArray[Any], expected: npt.NDArray[Any], what: str) -> None:
+    """Equality of bits, which tells NaNs and signed zeros apart."""
+    actual, expected = _as_bits(actual), _as_bits(expected)
+    assert actual.shape == expected.shape, what
+    differing = np.flatnonzero(actual != expected)
+    if len(differing):
+        i = int(differing[0])
+        raise AssertionError(
+            f"{what}: {len(differing)} of {len(actual)} differ, the first at {i}: "
+            f"{int(actual[i]):#x} instead of {int(expected[i]):#x}"
+        )
+
+
+def _as_bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array.view(np.uint32) if array.dtype == np.float32 else array
+
+
+def layout_of(module: Any, case: Case) -> Layout:
+    table = case.table
+    return build_layout(module, table.segments, case.codec, case.element, table.packets, table.packet_of)
+
+
+def check_encode(module: Any, kernels: Kernels, case: Case, *, with_residual: bool = False) -> None:
+    layout = layout_of(module, case)
+    before = cases.residual(case.contents, case.seed, case.table.blocks) if with_residual else None
+    expected, after = reference.encode(
+        case.buffer,
+        case.table.cut(case.codec),
+        case.codec,
+        case.element,
+        stochastic=case.stochastic,
+        seed=case.random_seed,
+        step=case.step,
+        residual=before,
+    )
+    input_guard, x = cases.guarded_copy(case.buffer, case.skip)
+    residual_guard, residual = _residual_memory(before)
+    out = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    kernels.encode(
+        x, case.element, layout, case.codec, out.bytes, out.stride,
+        residual=residual, stochastic=case.stochastic, seed=case.random_seed, step=case.step,
+    )  # fmt: skip
+    out.assert_holds(expected, "packet")
+    assert_same(x, case.buffer, "input")
+    input_guard.assert_intact()
+    if residual is not None:
+        assert after is not None
+        residual_guard.assert_intact()
+        assert_same(residual, after, "residual")
+
+
+def check_decode(module: Any, kernels: Kernels, case: Case) -> None:
+    layout = layout_of(module, case)
+    data = case.encoded()
+    expected = _background(case)
+    reference.decode(data, case.table.cut(case.codec), case.codec, case.element, expected)
+    packets = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    packets.fill(data)
+    guard, output = cases.guarded_copy(_background(case), case.skip)
+    kernels.decode(packets.bytes, packets.stride, layout, case.codec, output, case.element)
+    guard.assert_intact()
+    assert_same(output, expected, "output")
+    packets.assert_holds(data, "input")
+
+
+def check_reduce(module: Any, kernels: Kernels, case: Case, ranks: int, factor: float) -> None:
+    for p, (packet, layout, data, memory) in enumerate(_reductions(module, case, ranks)):
+        expected = _background(case)
+        reference.reduce(data, factor, packet, case.codec, case.element, expected)
+        guard, output = cases.guarded_copy(_background(case), case.skip)
+        kernels.reduce(memory.bytes, memory.stride, ranks, factor, layout, case.codec, output, case.element)
+        guard.assert_intact()
+        assert_same(output, expected, f"sum of packet {p}")
+
+
+def check_reduce_encode(
+    module: Any, kernels: Kernels, case: Case, ranks: int, factor: float, *, with_residual: bool = False
+) -> None:
+    for p, (packet, layout, data, memory) in enumerate(_reductions(module, case, ranks)):
+        before = None
+        if with_residual:
+            before = cases.residual(case.contents, case.seed + p, packet.block_count)
+            if not case.codec.hadamard:
+                before[~packet.present.reshape(-1)] = 0
+        expected, after = reference.reduce_encode(
+            data,
+            factor,
+            packet,
+            case.codec,
+            case.element,
+            stochastic=case.stochastic,
+            seed=case.random_seed,
+            step=case.step,
+            residual=before,
+        )
+        guard, residual = _residual_memory(before)
+        out = PacketMemory(layout.nbytes, case.packet_skip, 0)
+        kernels.reduce_encode(
+            memory.bytes, memory.stride, ranks, factor, layout, case.codec, out.bytes, case.element,
+            residual=residual, stochastic=case.stochastic, seed=case.random_seed, step=case.step,
+        )  # fmt: skip
+        out.assert_holds([expected], f"sum of packet {p}")
+        if residual is not None:
+            assert after is not None
+            guard.assert_intact()
+            assert_same(residual, after, f"residual of packet {p}")
+
+
+def _reductions(
+    module: Any, case: Case, ranks: int
+) -> list[tuple[reference.Packet, Layout, list[bytes], PacketMemory]]:
+    """For each packet of the cut: what the reference and the kernels need to add that of all ranks."""
+    layout = layout_of(module, case)
+    encoded = [case.encoded(rank) for rank in range(ranks)]
+    out = []
+    for p, packet in enumerate(case.table.cut(case.codec)):
+        data = [each[p] for each in encoded]
+        memory = PacketMemory([len(each) for each in data], case.packet_skip, case.stride_slack)
+        memory.fill(data)
+        out.append((packet, layout.only(p), data, memory))
+    return out
+
+
+def _background(case: Case) -> Bits:
+    """What the output holds before; it must stay between the segments."""
+    return cases.contents("any-bits", case.seed + 77, case.table.numel, case.element)
+
+
+def _residual_memory(before: F32 | None) -> tuple[Guarded, F32 | None]:
+    if before is None:
+        return Guarded(0), None
+    guard, residual = cases.guarded_copy(before)
+    return guard, residual.view(np.float32)
