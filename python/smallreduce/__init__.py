@@ -1,0 +1,35 @@
+"""Compressed collectives for PyTorch: all-reduce, but small.
+
+In use::
+
+    import smallreduce as sr
+
+    state = sr.ddp.register(ddp_model, "int4")     # one line for DistributedDataParallel
+    sr.all_reduce(x, "int4")                       # or the collective itself
+"""
+
+from smallreduce import ddp, metrics
+from smallreduce._native import build_info
+from smallreduce.codecs import Cast, Codec, IntQuant, Sign, codec, decode, encode
+from smallreduce.collectives import Work, all_gather, all_reduce, reduce_scatter
+from smallreduce.feedback import ErrorFeedback
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Cast",
+    "Codec",
+    "ErrorFeedback",
+    "IntQuant",
+    "Sign",
+    "Work",
+    "all_gather",
+    "all_reduce",
+    "build_info",
+    "codec",
+    "ddp",
+    "decode",
+    "encode",
+    "metrics",
+    "reduce_scatter",
+]

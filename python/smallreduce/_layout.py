@@ -1,0 +1,132 @@
+"""Which elements of a flat buffer go into which packets, as the tables that every kernel reads.
+
+The normative text is docs/wire-formats.md, section 1; the rows are the structs ``Segment`` and ``Packet`` of
+``csrc/formats/packet.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smallreduce._native import native
+
+__all__ = ["BLOCK", "ELEMENT_TYPES", "Format", "Layout"]
+
+BLOCK = 32
+"""Elements in a block, the unit in which codes and residuals are stored."""
+
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes that a buffer may have, and their numbers in a packet's tag."""
+
+# Columns of the segment table and of the packet table.
+_FIRST_GROUP, _OFFSET, _LENGTH, _PACKET, _BLOCK, _GROUP, _ORIGIN = range(7)
+_DIGEST, _GROUPS, _BLOCKS, _NBYTES = range(4)
+
+
+class Format(NamedTuple):
+    """What the kernels need to know of a codec."""
+
+    kind: int
+    group: int
+    hadamard: bool
+    stochastic: bool
+
+
+class Layout:
+    """Segments of a flat buffer, cut into packets of one format. Immutable.
+
+    Attributes:
+        format, dtype: The format of the packets and the dtype of the buffer.
+        segments: int64 CPU tensor, one row for each run of elements that falls into one packet, and a sentinel row.
+        packets: int64 CPU tensor, one row for each packet.
+        packet_count: Number of packets.
+        nbytes: Size of each packet in bytes.
+        stride: Size of the largest packet: the distance at which packets lie in a buffer.
+        numel: Elements in all segments.
+        extent: Elements that the buffer must have at least: the end of the segment that reaches furthest.
+        blocks: Blocks in all packets.
+        origin_end: One more than the largest origin; a worker's residual has ``32 * origin_end`` elements at least.
+    """
+
+    def __init__(self, segments: Tensor, packets: Tensor, format: Format, dtype: torch.dtype) -> None:
+        self.segments = segments
+        self.packets = packets
+        self.format = format
+        self.dtype = dtype
+        rows = segments[:-1]
+        lengths = rows[:, _LENGTH]
+        self.packet_count = packets.shape[0]
+        self.nbytes: tuple[int, ...] = tuple(packets[:, _NBYTES].tolist())
+        self.stride = max(self.nbytes)
+        self.numel = int(lengths.sum())
+        self.blocks = int(packets[:, _BLOCKS].sum())
+        used = rows[lengths > 0]
+        ends = used[:, _OFFSET] + used[:, _LENGTH]
+        origins = used[:, _ORIGIN] + (used[:, _LENGTH] + BLOCK - 1) // BLOCK
+        self.extent = int(ends.max()) if len(used) else 0
+        self.origin_end = int(origins.max()) if len(used) else 0
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def build(
+        cls,
+        segments: Sequence[tuple[int, int]],
+        format: Format,
+        dtype: torch.dtype,
+        packets: int = 1,
+        packet_of: Sequence[int] | None = None,
+    ) -> Layout:
+        """Lays out ``segments``, each ``(offset, length)`` in elements of a buffer of ``dtype``.
+
+        Args:
+            packets: Number of packets; they are cut evenly, between groups, unless
+            packet_of: says for each segment into which packet it falls whole, ascending.
+        """
+        offsets, lengths = [offset for offset, _ in segments], [length for _, length in segments]
+        of = None if packet_of is None else list(packet_of)
+        kind, group, hadamard, _ = format
+        rows, table = native.build_layout(offsets, lengths, of, packets, kind, group, hadamard, ELEMENT_TYPES[dtype])
+        return cls(_tensor(rows, 7), _tensor(table, 4), format, dtype)
+
+    def select(self, packets: Sequence[int]) -> Layout:
+        """The layout of some of the packets, in the order given. Packets and origins stay what they are."""
+        rows = self.segments[:-1]
+        index = torch.tensor(packets, dtype=torch.int64)
+        column = rows[:, _PACKET].contiguous()
+        begins = torch.searchsorted(column, index).tolist()
+        ends = torch.searchsorted(column, index, right=True).tolist()
+        groups = self.segments[:, _FIRST_GROUP].diff()
+        spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        chosen = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+        table = torch.zeros(len(chosen) + 1, 7, dtype=torch.int64)
+        table[:-1] = rows[chosen]
+        table[1:, _FIRST_GROUP] = groups[chosen].cumsum(0)
+        table[0, _FIRST_GROUP] = 0
+        counts = torch.tensor([len(span) for span in spans], dtype=torch.int64)
+        table[:-1, _PACKET] = torch.repeat_interleave(torch.arange(len(packets)), counts)
+        return Layout(table, self.packets[index], self.format, self.dtype)
+
+    def block_origins(self) -> Tensor:
+        """The origin of every block, int64, packet after packet: where a block of packets stood in the uncut list."""
+        rows = self.segments[:-1]
+        counts = (rows[:, _LENGTH] + BLOCK - 1) // BLOCK
+        starts = rows[:, _ORIGIN] - (counts.cumsum(0) - counts)
+        return torch.repeat_interleave(starts, counts) + torch.arange(int(counts.sum()))
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Segment and packet table on ``device``, copied once."""
+        if device.type == "cpu":
+            return self.segments, self.packets
+        if device not in self._tables:
+            self._tables[device] = (self.segments.to(device), self.packets.to(device))
+        return self._tables[device]
+
+
+def _tensor(rows: bytes, columns: int) -> Tensor:
+    if not rows:
+        return torch.empty(0, columns, dtype=torch.int64)
+    return torch.frombuffer(bytearray(rows), dtype=torch.int64).view(-1, columns)

@@ -1,0 +1,27 @@
+"""Compressed collectives on any torch process group.
+
+For the layers above, beside the public functions: :class:`AllReduce` is the engine of one bucket, :func:`channel_of`
+gives what it runs on, and :func:`agree` compares what the ranks are about to do.
+"""
+
+from smallreduce.collectives._agreement import agree
+from smallreduce.collectives._all_gather import AllGather, all_gather
+from smallreduce.collectives._all_reduce import all_reduce
+from smallreduce.collectives._channel import Channel, channel_of, shutdown
+from smallreduce.collectives._engine import AllReduce
+from smallreduce.collectives._reduce_scatter import ReduceScatter, reduce_scatter
+from smallreduce.collectives._work import Work
+
+__all__ = [
+    "AllGather",
+    "AllReduce",
+    "Channel",
+    "ReduceScatter",
+    "Work",
+    "agree",
+    "all_gather",
+    "all_reduce",
+    "channel_of",
+    "reduce_scatter",
+    "shutdown",
+]

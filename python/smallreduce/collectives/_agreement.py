@@ -1,0 +1,92 @@
+"""Ranks tell each other what they are about to do before any data move, so that a mistake on one is an error on all."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from smallreduce.collectives._channel import Channel
+from smallreduce.collectives._compat import all_gather_single
+
+__all__ = ["Agreement", "agree", "refuse"]
+
+_REFUSED = 0
+_TEXT_NBYTES = 512
+
+
+def _digest(text: str) -> int:
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return value if value != _REFUSED else 1
+
+
+class Agreement:
+    """An exchange of 8-byte digests in flight. Every rank of the group makes one, in program order.
+
+    Args:
+        channel: The channel of the group.
+        text: What this rank is about to do, in words for the user: equal on all ranks, or it is an error. Where it
+            differs, its first 512 bytes are shown.
+        refused: This rank cannot take part; ``text`` says why.
+    """
+
+    def __init__(self, channel: Channel, text: str, refused: bool = False) -> None:
+        self._channel = channel
+        self._text = text
+        mine = torch.tensor([_REFUSED if refused else _digest(text)], device=channel.device)
+        self._digests = torch.empty(channel.world_size, dtype=torch.int64, device=channel.device)
+        self._work = all_gather_single(self._digests, mine, channel.first)
+
+    @staticmethod
+    def nbytes(world_size: int) -> int:
+        """Bytes that a rank sends when all agree."""
+        return 8 * (world_size - 1)
+
+    def check(self) -> None:
+        """Waits for the other ranks.
+
+        Raises:
+            RuntimeError: They do not agree, or one refused; the message says which rank had what.
+        """
+        if problem := self.wait():
+            raise RuntimeError(problem)
+
+    def wait(self) -> str | None:
+        """Waits for the other ranks. Returns what is wrong, the same on all ranks, or None."""
+        self._work.wait()
+        digests = self._digests.tolist()
+        if len(set(digests)) == 1:
+            return None
+        texts = self._exchange_texts()
+        refusals = [f"rank {rank} refused: {texts[rank]}" for rank, d in enumerate(digests) if d == _REFUSED]
+        if refusals:
+            return "; ".join(refusals)
+        ranks_of: dict[str, list[str]] = {}
+        for rank, text in enumerate(texts):
+            ranks_of.setdefault(text, []).append(str(rank))
+        parts = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {text}" for text, ranks in ranks_of.items()]
+        return f"the ranks do not agree on the collective. {'; '.join(parts)}"
+
+    def _exchange_texts(self) -> list[str]:
+        size = _TEXT_NBYTES
+        mine = bytearray(self._text.encode()[:size].ljust(size, b"\0"))
+        device = self._channel.device
+        texts = torch.empty(self._channel.world_size * size, dtype=torch.uint8, device=device)
+        text = torch.frombuffer(mine, dtype=torch.uint8).to(device)
+        all_gather_single(texts, text, self._channel.first).wait()
+        rows = texts.cpu().view(-1, size)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def agree(channel: Channel, text: str) -> None:
+    """Compares ``text`` over the ranks of the group, which all call this.
+
+    Raises:
+        RuntimeError: It is not the same on all ranks; the message says which rank had what.
+    """
+    Agreement(channel, text).check()
+
+
+def refuse(channel: Channel, error: Exception) -> None:
+    """Takes part in the others' agreement as the rank that cannot go on; the caller then raises ``error``."""
+    Agreement(channel, f"{type(error).__name__}: {error}", refused=True).wait()

@@ -1,0 +1,104 @@
+"""``smallreduce.all_reduce``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.codecs import Codec
+from smallreduce.collectives import _call
+from smallreduce.collectives._engine import AllReduce
+from smallreduce.collectives._work import Work
+from smallreduce.feedback import ErrorFeedback, Owner
+
+__all__ = ["all_reduce"]
+
+
+def all_reduce(
+    x: Tensor,
+    codec: str | Codec | None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.AVG,
+    group: dist.ProcessGroup | None = None,
+    feedback: ErrorFeedback | None = None,
+    async_op: bool = False,
+    seed: int | None = None,
+) -> Work | None:
+    """Reduces ``x`` over the ranks of a group, in place, through compressed packets. All ranks end with the same bits.
+
+    Every rank sends its own packets once and one reduced shard: of what torch's fp32 all-reduce sends, about
+    ``codec.bits_per_element / 32``. Like every collective it is called by all ranks of the group in the same order.
+    With ``async_op`` it returns once all ranks have entered the call and this rank's tensor is encoded.
+
+    Args:
+        x: fp32, bf16 or fp16, of any shape (one that is not contiguous is copied, and back). With a codec of None, or
+            ``"fp32"`` on fp32 data, it is torch's own all-reduce: bit-equal to ``x.mul_(1 / W)`` and a SUM, any dtype.
+        codec: A codec, its spelling such as ``"int4"``, or None.
+        op: ReduceOp.AVG (unlike torch, the default) or ReduceOp.SUM.
+        group: None is the default group.
+        feedback: Residuals of this tensor, updated; not used by torch's own all-reduce.
+        async_op: Return a :class:`Work`, to be waited for before ``x`` is touched again.
+        seed: Any 64-bit integer, the same on all ranks; None takes the next of the group's counter, which starts at 0.
+
+    Returns:
+        A Work with ``async_op``, otherwise None.
+
+    Raises:
+        TypeError: Wrong types or dtypes.
+        ValueError: Wrong sizes or devices, or an impossible codec.
+        RuntimeError: Another rank refused its arguments or had different ones (CPU), or the group failed.
+    """
+    channel = _call.enter(group, x)
+    world, counted = channel.world_size, next(channel.seeds)
+    engine: AllReduce | None = None
+    worker = server = None
+    with _call.refusing(channel):
+        chosen = _call.parse(codec, x, "x", channel)
+        average = _call.check_op(op) == "avg"
+        _call.check_feedback(feedback)
+        base = _call.check_seed(seed, counted)
+        if average and not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"an average needs a floating-point tensor, got {x.dtype}")
+        if world == 1:
+            return _call.alone(x, async_op)
+        key = ("all_reduce", chosen, x.numel(), x.dtype)
+        if chosen is not None:
+            engine = channel.borrow(key) or AllReduce([(0, x.numel())], chosen, x.dtype, channel)
+            if feedback is not None:
+                blocks = len(engine.server_origins)
+                owner = Owner(chosen, x.numel(), channel.rank, world, engine.chunks, blocks)
+                worker, server = feedback.bind(owner, channel.device)
+    target = x.detach()
+    flat = target.contiguous().view(-1)
+
+    def copy_back() -> None:
+        if flat.data_ptr() != target.data_ptr():
+            target.copy_(flat.view(target.shape))
+
+    def issue() -> dist.Work:
+        # As DistributedDataParallel does without a hook; dividing after the sum, or AVG, gives other bits.
+        if average:
+            flat.mul_(1.0 / world)
+        work: dist.Work = dist.all_reduce(flat, group=_call.own_group(group), async_op=True)
+        return work
+
+    def after() -> None:
+        copy_back()
+        channel.keep(key, engine)
+
+    def start(agreed: Callable[[], None] | None) -> Work:
+        assert engine is not None
+        step = 0 if feedback is None else feedback.step
+        work = engine.launch(flat, op, worker, server, base, 0, step, x, after, agreed)
+        if feedback is not None:
+            feedback.step += 1
+        return work
+
+    text = f"all_reduce of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, codec {chosen}"
+    if engine is None:
+        nbytes = 2 * (world - 1) * flat.nbytes // world
+        return _call.run(channel, text, _call.plain(channel, "all_reduce", x, nbytes, issue, copy_back), True, async_op)
+    # Encoding replaces the residual, so with feedback nothing may be encoded before it is sure to be sent.
+    text += " with feedback" if worker is not None else " without feedback"
+    return _call.run(channel, text, start, worker is None, async_op)

@@ -1,0 +1,188 @@
+"""The frame of a public collective: what is checked on every rank before anything is sent, and how it is started."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.codecs import Cast, Codec, check_elements, codec
+from smallreduce.collectives._agreement import Agreement, refuse
+from smallreduce.collectives._channel import Channel, Stages, channel_of
+from smallreduce.collectives._work import Work
+from smallreduce.feedback import ErrorFeedback
+
+__all__ = [
+    "alone",
+    "check_device",
+    "check_feedback",
+    "check_op",
+    "check_output",
+    "check_seed",
+    "enter",
+    "own_group",
+    "parse",
+    "plain",
+    "refusing",
+    "run",
+]
+
+_OPS = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg"}
+
+
+def enter(group: dist.ProcessGroup | None, x: object) -> Channel:
+    """The channel for a collective on ``x``. Where ``x`` is not a tensor that the group can take, the channel on which
+    this rank can say so to the others."""
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    if device.type == "cuda":
+        return channel_of(group, device)
+    return channel_of(group, torch.device("cpu"))
+
+
+@contextmanager
+def refusing(channel: Channel) -> Iterator[None]:
+    """An error about this rank's arguments is told to the other ranks, which wait for it, before it is raised."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if channel.world_size > 1:
+            refuse(channel, error)
+        raise
+
+
+def check_op(op: object) -> str:
+    for accepted, name in _OPS.items():
+        if op == accepted:
+            return name
+    if not isinstance(op, (dist.ReduceOp, dist.ReduceOp.RedOpType)):
+        raise TypeError(f"op must be ReduceOp.SUM or ReduceOp.AVG, got {type(op).__name__}")
+    raise ValueError(f"op must be ReduceOp.SUM or ReduceOp.AVG, got {op}")
+
+
+def check_seed(seed: object, default: int) -> int:
+    if seed is None:
+        return default
+    try:
+        return operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}") from None
+
+
+def check_feedback(feedback: object) -> None:
+    if feedback is not None and not isinstance(feedback, ErrorFeedback):
+        raise TypeError(f"feedback must be an ErrorFeedback or None, got {type(feedback).__name__}")
+
+
+def check_device(x: Tensor, name: str, channel: Channel) -> None:
+    if x.device != channel.device:
+        raise ValueError(f"{name} must be on {channel.device}, got {x.device}")
+
+
+def check_output(out: object, x: Tensor, numel: int, channel: Channel) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    check_device(out, "out", channel)
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must be of {x.dtype} as x is, got {out.dtype}")
+    if out.numel() != numel:
+        raise ValueError(f"out must have {numel} elements for x of {x.numel()}, got {out.numel()}")
+
+
+def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+    return world if group is None else group
+
+
+def is_plain(chosen: Codec | None, dtype: torch.dtype) -> bool:
+    """Whether the codec changes nothing, so that the collective is torch's own."""
+    return chosen is None or (chosen == Cast(torch.float32) and dtype == torch.float32)
+
+
+def parse(spelling: str | Codec | None, x: object, name: str, channel: Channel) -> Codec | None:
+    """The codec for ``x``; None if the collective is torch's own, which takes any dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_device(x, name, channel)
+    chosen = codec(spelling)
+    if is_plain(chosen, x.dtype):
+        return None
+    check_elements(x, name)
+    return chosen
+
+
+class Plain(Stages):
+    """torch's own collective, in the form of ours, so that its Work is one of ours too."""
+
+    chunks = 1
+
+    def __init__(self, name: str, issue: Callable[[], dist.Work], after: Callable[[], Any]) -> None:
+        self.name = name
+        self._issue = issue
+        self._after = after
+
+    def encode(self, chunk: int) -> None:
+        """There is nothing to encode."""
+
+    def send(self, chunk: int) -> dist.Work:
+        self._sent = self._issue()
+        return self._sent
+
+    def turn(self, chunk: int) -> None:
+        """There is no second stage."""
+
+    def finish(self, chunk: int) -> None:
+        self._after()
+
+    def done(self) -> None:
+        """There are no buffers to give back."""
+
+
+def run(
+    channel: Channel, text: str, start: Callable[[Callable[[], None] | None], Work], overlap: bool, async_op: bool
+) -> Work | None:
+    """Compares ``text`` over the ranks, starts the collective and waits for it unless ``async_op``.
+
+    Args:
+        start: Starts it; calls its argument, if there is one, before anything is sent, to learn that all ranks agree.
+        overlap: Whether ``start`` may do its first encoding before that is known.
+    """
+    channel.check()
+    if channel.device.type == "cpu":
+        agreement = Agreement(channel, text)
+        if not overlap:
+            agreement.check()
+        work = start(agreement.check if overlap else None)
+        work.bytes_sent += Agreement.nbytes(channel.world_size)
+    else:  # on CUDA a comparison would stall the stream; a packet that does not fit is refused by the kernels
+        work = start(None)
+    if async_op:
+        return work
+    work.wait()
+    return None
+
+
+def plain(
+    channel: Channel, name: str, value: Tensor, nbytes: int, issue: Callable[[], dist.Work], after: Callable[[], Any]
+) -> Callable[[Callable[[], None] | None], Work]:
+    """For :func:`run`: starts torch's own collective, which sends ``nbytes``."""
+
+    def start(agreed: Callable[[], None] | None) -> Work:
+        work = Work(value, nbytes)
+        channel.run(Plain(name, issue, after), work, agreed)
+        return work
+
+    return start
+
+
+def alone(value: Tensor, async_op: bool) -> Work | None:
+    """The end of a collective at world size 1."""
+    if not async_op:
+        return None
+    work = Work(value, 0)
+    work.complete()
+    return work

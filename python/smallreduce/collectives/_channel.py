@@ -1,0 +1,347 @@
+"""What a process group needs to run collectives of several stages: an order in which the stages are issued.
+
+A compressed collective is two of torch's, with a kernel between them. Ranks match collectives by the order in which
+they are issued on a group, so the second stages of several in flight must come in the same order everywhere, whenever
+their first stages end. :class:`ThreadedChannel` (gloo, and any other backend for CPU tensors) and
+:class:`StreamChannel` (NCCL) guarantee that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from smallreduce.collectives._work import Work
+
+__all__ = ["Channel", "Stages", "channel_of", "shutdown"]
+
+_IDLE_KEPT = 4
+
+
+class Stages(ABC):
+    """One collective, cut into chunks that go through its stages one behind the other."""
+
+    name: str
+    chunks: int
+
+    @abstractmethod
+    def encode(self, chunk: int) -> None:
+        """Fills the chunk's packets. Caller's thread."""
+
+    @abstractmethod
+    def send(self, chunk: int) -> dist.Work:
+        """Issues the first stage on ``channel.first``. Caller's thread."""
+
+    @abstractmethod
+    def turn(self, chunk: int) -> dist.Work | None:
+        """Called when the first stage is over; may issue the second on ``channel.second``."""
+
+    @abstractmethod
+    def finish(self, chunk: int) -> None:
+        """Called when the second stage is over."""
+
+    @abstractmethod
+    def done(self) -> None:
+        """Called once, after the last chunk has finished, or when nothing has been sent and nothing will be."""
+
+
+class Channel(ABC):
+    """The way of one group's collectives.
+
+    Attributes:
+        device: Where the tensors of this channel live.
+        rank, world_size: In the group.
+        first, second: Process groups for the stages' collectives.
+        seeds: The group's counter for collectives that are given no seed.
+    """
+
+    device: torch.device
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.seeds = itertools.count()
+        self._idle: OrderedDict[Hashable, list[Any]] = OrderedDict()
+
+    @property
+    @abstractmethod
+    def first(self) -> dist.ProcessGroup: ...
+
+    @property
+    @abstractmethod
+    def second(self) -> dist.ProcessGroup: ...
+
+    @abstractmethod
+    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
+        """Takes ``stages`` through all chunks and completes ``work``. Returns when the first stage of all is issued.
+
+        Args:
+            agreed: Called after the first chunk is encoded and before anything is sent; what it raises is raised here.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises RuntimeError if an earlier failure has left the ranks of the group out of step."""
+
+    @abstractmethod
+    def use(self, *tensors: Tensor) -> None:
+        """Says that the next collective works on these tensors of the caller, who may let go of them at once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what runs in the background, after what is in flight."""
+
+    def borrow(self, key: Hashable) -> Any | None:
+        """An idle engine that was kept under ``key``, or None."""
+        kept = self._idle.get(key)
+        engine = kept.pop() if kept else None
+        if kept == []:
+            del self._idle[key]
+        return engine
+
+    def keep(self, key: Hashable, engine: Any) -> None:
+        """Keeps an idle engine, and with it its buffers, for the next collective like it. Only the latest few stay."""
+        self._idle.setdefault(key, []).append(engine)
+        self._idle.move_to_end(key)
+        while sum(map(len, self._idle.values())) > _IDLE_KEPT:
+            oldest = next(iter(self._idle))
+            self._idle[oldest].pop()
+            if not self._idle[oldest]:
+                del self._idle[oldest]
+
+
+class ThreadedChannel(Channel):
+    """The order on gloo: that of the program, on two private clones of the group.
+
+    The caller's thread encodes and issues the first stages on one clone. A first thread takes the chunks in order:
+    waits for the first stage, reduces, and issues the second on the other clone. A second thread takes them in order
+    again: waits and decodes. So each clone sees the same order on every rank, whatever the timing, and the user's own
+    collectives on the group are not in between. (Issued from callbacks of futures, the order would be that of arrival.)
+
+    Both threads end after the work in flight, which the group's timeout bounds: when the channel is closed, when its
+    group is gone, or when Python exits (concurrent.futures joins them).
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, group: dist.ProcessGroup, generation: int) -> None:
+        super().__init__(group.rank(), group.size())
+        self._first = _clone(group, f"first{generation}")
+        self._second = _clone(group, f"second{generation}")
+        self._reducer = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-reducer")
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def first(self) -> dist.ProcessGroup:
+        return self._first
+
+    @property
+    def second(self) -> dist.ProcessGroup:
+        return self._second
+
+    def borrow(self, key: Hashable) -> Any | None:
+        with self._lock:
+            return super().borrow(key)
+
+    def keep(self, key: Hashable, engine: Any) -> None:
+        with self._lock:
+            super().keep(key, engine)
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an earlier compressed collective of this group failed ({self._failure}), so its ranks are out of "
+                "step; destroy the process group and make a new one"
+            ) from self._failure
+
+    def use(self, *tensors: Tensor) -> None:
+        """The engine holds them for as long as it runs."""
+
+    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
+        chunk = 0
+        try:
+            for chunk in range(stages.chunks):
+                stages.encode(chunk)
+                if chunk == 0 and agreed is not None:
+                    agreed()
+                sent = stages.send(chunk)
+                turned = self._reducer.submit(self._turn, stages, chunk, sent)
+                self._finisher.submit(self._finish, stages, chunk, turned, work)
+        except BaseException as error:
+            if chunk == 0:
+                stages.done()
+            else:
+                self._failure = error
+            raise
+
+    def _turn(self, stages: Stages, chunk: int, sent: dist.Work) -> dist.Work | None:
+        # Once a stage has failed, the second stages of this rank are one short: none may follow.
+        self.check()
+        try:
+            sent.wait()
+            return stages.turn(chunk)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _finish(self, stages: Stages, chunk: int, turned: Future[dist.Work | None], work: Work) -> None:
+        if work.is_completed():  # an earlier chunk has failed
+            return
+        try:
+            gathered = turned.result()
+            if gathered is not None:
+                gathered.wait()
+            stages.finish(chunk)
+            if chunk == stages.chunks - 1:
+                stages.done()
+        except BaseException as error:
+            self._failure = self._failure or error
+            place = f"chunk {chunk + 1} of {stages.chunks}, rank {self.rank} of {self.world_size}"
+            failure = RuntimeError(f"smallreduce.{stages.name} failed ({place}): {error}")
+            failure.__cause__ = error
+            work.fail(failure)
+            return
+        if chunk == stages.chunks - 1:
+            work.complete()
+
+    def close(self) -> None:
+        self._reducer.shutdown()
+        self._finisher.shutdown()
+        for group in (self.first, self.second):
+            dist.destroy_process_group(group)
+
+
+class StreamChannel(Channel):
+    """The order on NCCL: that of the program, all stages enqueued by the caller's thread on one side stream.
+
+    Nothing here waits on the host: the kernels, NCCL's work and the end of the collective are ordered by the stream.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(group.rank(), group.size())
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._group = weakref.ref(group)
+
+    @property
+    def first(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group has been destroyed")
+        return group
+
+    second = first
+
+    def check(self) -> None:
+        """NCCL reports its own failures."""
+
+    def use(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
+    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            sent = []
+            for chunk in range(stages.chunks):
+                stages.encode(chunk)
+                if chunk == 0 and agreed is not None:
+                    agreed()
+                sent.append(stages.send(chunk))
+            gathered = []
+            for chunk, first in enumerate(sent):
+                first.wait()
+                gathered.append(stages.turn(chunk))
+            for chunk, second in enumerate(gathered):
+                if second is not None:
+                    second.wait()
+                stages.finish(chunk)
+            stages.done()
+            work.complete()
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
+def _clone(group: dist.ProcessGroup, stage: str) -> dist.ProcessGroup:
+    """A group of the same ranks, backend and timeout. All ranks of ``group`` call this, and no others."""
+    ranks = dist.get_process_group_ranks(group)
+    devices = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
+    # Not dist.new_group(use_local_synchronization=True): it names the group by how many groups this rank has seen, so
+    # ranks that belong to different numbers of groups would wait for each other under different names.
+    clone, _ = c10d._new_process_group_helper(
+        group.size(),
+        group.rank(),
+        ranks,
+        dist.Backend(devices["cpu"]),
+        c10d._get_process_group_store(group),
+        f"{group.group_name}/smallreduce/{stage}",  # type: ignore[arg-type]
+        timeout=group._get_backend(torch.device("cpu")).options._timeout,
+        group_desc="smallreduce",
+    )
+    c10d._world.pg_group_ranks[clone] = {global_rank: rank for rank, global_rank in enumerate(ranks)}
+    return cast(dist.ProcessGroup, clone)
+
+
+# Weak keys: a channel does not keep its group alive, and goes with it.
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Channel]] = weakref.WeakKeyDictionary()
+_generations: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+def channel_of(group: dist.ProcessGroup | None, device: torch.device) -> Channel:
+    """The channel of ``group`` (None: the default group) for tensors on ``device``.
+
+    The first call for a group is collective: its ranks make the private clones together.
+
+    Raises:
+        ValueError: This rank is not in the group, or the group has no suitable backend for the device.
+    """
+    group = dist.group.WORLD if group is None else group
+    if group is None:
+        raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+        raise ValueError(f"rank {dist.get_rank()} is not a member of the process group")
+    channels = _channels.setdefault(group, {})
+    if device not in channels:
+        channels[device] = _open(group, device)
+    return channels[device]
+
+
+def _open(group: dist.ProcessGroup, device: torch.device) -> Channel:
+    devices = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
+    backend = devices.get(device.type)
+    if device.type == "cpu" and backend is not None:
+        generation = _generations.get(group, 0)
+        _generations[group] = generation + 1
+        return ThreadedChannel(group, generation)
+    if device.type == "cuda" and backend == "nccl":
+        return StreamChannel(group, device)
+    raise ValueError(
+        f"tensors on {device} need a process group with "
+        f"{'the nccl backend for cuda' if device.type == 'cuda' else 'a backend for cpu, such as gloo'}; "
+        f"this group has {dist.get_backend_config(group)}"
+    )
+
+
+def shutdown(group: dist.ProcessGroup | None = None) -> None:
+    """Waits for what is in flight on ``group`` (None: on all groups) and ends its threads and private clones.
+
+    Not needed before ``destroy_process_group`` of the default group, which takes the clones with it. All ranks of the
+    group call this; a later collective starts anew.
+    """
+    for key in list(_channels) if group is None else [group]:
+        for channel in _channels.pop(key, {}).values():
+            channel.close()

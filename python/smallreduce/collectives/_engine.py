@@ -1,0 +1,204 @@
+"""The engine of the compressed all-reduce: bound once to a layout, a codec and a group; used by ``all_reduce`` and by
+the DDP hook.
+
+A bucket of segments is cut into ``chunks * W`` packets. Chunk c is the packets ``c * W`` to ``(c + 1) * W``, one for
+each rank: exchanged by one all-to-all, reduced into one packet on each rank, collected by one all-gather, decoded.
+While one chunk is on the wire, others are in the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce import ops
+from smallreduce._layout import BLOCK, Layout
+from smallreduce._native import native
+from smallreduce.codecs import Codec
+from smallreduce.collectives._channel import Channel, Stages
+from smallreduce.collectives._compat import all_gather_single, all_to_all_single
+from smallreduce.collectives._work import Work
+
+__all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
+
+# Bytes of codes in a chunk, of all ranks' packets together. A chunk costs each rank about half a millisecond of
+# processor time in Python and gloo, so that a small tensor is not cut; a few chunks keep a slow link busy; no chunk
+# grows past CHUNK_NBYTES.
+SMALL_CHUNK_NBYTES = 1 << 20
+CHUNK_NBYTES = 4 << 20
+FEW_CHUNKS = 4
+
+
+def chunk_count(numel: int, codec: Codec) -> int:
+    """Into how many chunks a collective on ``numel`` elements is cut: the same on all ranks."""
+    nbytes = max(1, numel * codec.code_bits // 8)
+    return max(min(FEW_CHUNKS, -(-nbytes // SMALL_CHUNK_NBYTES)), -(-nbytes // CHUNK_NBYTES))
+
+
+def chunk_spans(numel: int, chunks: int, codec: Codec) -> list[tuple[int, int]]:
+    """``(offset, length)`` of the chunks of a flat tensor, cut between groups, so that a cut changes no code."""
+    group = codec.format.group
+    size = max(group, -(-numel // (chunks * group)) * group)
+    return [(offset, min(size, numel - offset)) for offset in range(0, max(numel, 1), size)]
+
+
+def factor_of(op: dist.ReduceOp.RedOpType, world_size: int) -> float:
+    """What a sum over ranks is multiplied by for SUM or AVG."""
+    return 1.0 / world_size if op == dist.ReduceOp.AVG else 1.0
+
+
+def stage_seed(base: int, bucket: int, rank: int, stage: int) -> int:
+    """Seed of one rank's packets in one stage (docs/wire-formats.md, section 6)."""
+    mask = (1 << 64) - 1
+    mixed: int = native.mix64(native.mix64(native.mix64(base & mask) ^ bucket) ^ (2 * rank + stage))
+    return mixed
+
+
+class Engine(Stages):
+    """What the engines have in common: buffers for packets, and that one call runs at a time.
+
+    Args:
+        channel: Of the group.
+        strides: For each chunk, the distance between packets in bytes.
+    """
+
+    def __init__(self, channel: Channel, strides: Sequence[int]) -> None:
+        self.channel = channel
+        self.chunks = len(strides)
+        self._sent = self._buffers(strides)
+        self._busy = False
+        self._after: Callable[[], None] | None = None
+        # CUDA kernels cannot raise: they leave the number of a packet that they refuse in a word on the device, which
+        # is copied to the host in the order of the stream, and looked at when the next call starts.
+        self._error: Tensor | None = None
+        self._refused = torch.zeros(1, dtype=torch.int32)
+        if channel.device.type == "cuda":
+            self._error = torch.zeros(1, dtype=torch.int32, device=channel.device)
+            self._refused = self._refused.pin_memory()
+
+    def _buffers(self, strides: Sequence[int]) -> list[Tensor]:
+        # Zeros, since a packet shorter than the stride leaves the rest as it is, and all of it travels.
+        sizes = [self.channel.world_size * stride for stride in strides]
+        return list(torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device).split(sizes))
+
+    def _claim(self, after: Callable[[], None] | None, *tensors: Tensor) -> None:
+        self.channel.check()
+        if self._busy:
+            raise RuntimeError(f"this engine's {self.name} is still in flight; wait for it before the next")
+        if packet := int(self._refused.item()):
+            raise RuntimeError(f"smallreduce.{self.name}: packet {packet - 1} was not of the expected codec and size")
+        self.channel.use(*tensors)
+        self._busy = True
+        self._after = after
+
+    def done(self) -> None:
+        if self._error is not None:
+            self._refused.copy_(self._error, non_blocking=True)
+        after, self._after, self._busy = self._after, None, False
+        if after is not None:
+            after()
+
+    def _step(self, step: int | Tensor) -> Tensor:
+        return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=self.channel.device)
+
+
+class AllReduce(Engine):
+    """Compressed all-reduce, in place, of the segments of a flat buffer.
+
+    Args:
+        segments: ``(offset, length)`` in elements of the buffer. The same on all ranks.
+        codec: The wire format.
+        dtype: Of the buffer.
+        channel: ``channel_of(group, device)``.
+
+    Attributes:
+        layout: All packets of the bucket.
+        worker_numel: Elements of the worker's residual (fp32, block order of the segments: element j of block b at
+            ``32 * b + j``).
+        server_numel: Elements of the server's residual (fp32; in the codec's domain).
+        server_origins: int64, for each block of the server's residual, the block of the bucket that it stands for.
+        bytes_sent: Payload that this rank sends in one call.
+    """
+
+    name = "all_reduce"
+
+    def __init__(self, segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
+        world = channel.world_size
+        chunks = chunk_count(sum(length for _, length in segments), codec)
+        self.codec = codec
+        self.layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
+        self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
+        self._shards = [layout.select([channel.rank]) for layout in self._layouts]
+        strides = [layout.stride for layout in self._layouts]
+        super().__init__(channel, strides)
+        self._received = self._buffers(strides)
+        self.worker_numel = BLOCK * self.layout.blocks
+        server_numels = [BLOCK * shard.blocks for shard in self._shards]
+        self._server_numels = server_numels
+        self.server_numel = sum(server_numels)
+        self.server_origins = torch.cat([shard.block_origins() for shard in self._shards])
+        self.bytes_sent = 2 * (world - 1) * sum(strides)
+
+    def launch(
+        self,
+        buffer: Tensor,
+        op: dist.ReduceOp.RedOpType,
+        worker: Tensor | None = None,
+        server: Tensor | None = None,
+        seed: int = 0,
+        bucket: int = 0,
+        step: int | Tensor = 0,
+        value: Tensor | None = None,
+        after: Callable[[], None] | None = None,
+        agreed: Callable[[], None] | None = None,
+    ) -> Work:
+        """Starts the all-reduce of ``buffer``; its segments hold the result when the Work is done.
+
+        Args:
+            buffer: Flat, contiguous; not to be touched until then.
+            op: SUM or AVG.
+            worker, server: Residuals, read and replaced; None: no feedback on that side.
+            seed, bucket, step: What the random bits depend on, beside rank and stage; the same on all ranks. ``step``
+                may be an int64 tensor of one element on the buffer's device.
+            value: What the Work's future gives; None: ``buffer``.
+            after: Called when the result stands in the buffer and the engine is free, before the Work completes.
+            agreed: Called after the first encoding and before anything is sent.
+        """
+        self._claim(after, buffer)
+        self._buffer = buffer
+        self._factor = factor_of(op, self.channel.world_size)
+        self._worker = worker
+        none: list[Tensor | None] = [None] * self.chunks
+        self._servers = none if server is None else list(server.split(self._server_numels))
+        self._seeds = [stage_seed(seed, bucket, self.channel.rank, stage) for stage in (0, 1)]
+        self._at_step = self._step(step)
+        work = Work(buffer if value is None else value, self.bytes_sent)
+        self.channel.run(self, work, agreed)
+        return work
+
+    def encode(self, chunk: int) -> None:
+        ops.encode(self._buffer, self._layouts[chunk], self._sent[chunk], self._worker, self._seeds[0], self._at_step)
+
+    def send(self, chunk: int) -> dist.Work:
+        return all_to_all_single(self._received[chunk], self._sent[chunk], self.channel.first)
+
+    def turn(self, chunk: int) -> dist.Work:
+        # What was sent has arrived, so its buffer takes the reduced packets.
+        stride = self._layouts[chunk].stride
+        gathered = self._sent[chunk]
+        mine = gathered[self.channel.rank * stride :][:stride]
+        ops.reduce_encode(
+            self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], mine,
+            self._servers[chunk], self._seeds[1], self._at_step, self._error,
+        )  # fmt: skip
+        return all_gather_single(gathered, mine, self.channel.second)
+
+    def finish(self, chunk: int) -> None:
+        ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self._error)
+
+    def done(self) -> None:
+        del self._buffer, self._worker, self._servers  # an idle engine keeps no one's tensors alive
+        super().done()

@@ -1,0 +1,427 @@
+"""``torch.ops.smallreduce``: the kernels as PyTorch operators, on CPU and CUDA.
+
+Each writes into tensors that the caller owns and returns nothing. A layout is passed as its two tables on the device
+of the data, and as the sizes that they imply (``extent``, ``blocks``), since tables on a GPU cannot be looked into
+without waiting for it. :func:`encode`, :func:`decode`, :func:`reduce` and :func:`reduce_encode` take a
+:class:`~smallreduce._layout.Layout` instead and are what the layers above call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smallreduce._layout import BLOCK, ELEMENT_TYPES, Layout
+from smallreduce._native import native
+
+__all__ = ["decode", "encode", "reduce", "reduce_encode"]
+
+_MASK = (1 << 64) - 1
+
+_LAYOUT = "Tensor segments, Tensor table, int kind, int group, bool hadamard"
+_SCHEMAS = (
+    f"encode(Tensor input, Tensor(a!)? residual, {_LAYOUT}, bool stochastic, int extent, int blocks, int seed, "
+    "Tensor? step, Tensor(b!) packets, int stride) -> ()",
+    f"decode(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error) -> ()",
+    f"reduce(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, int extent, Tensor(a!) output, "
+    "Tensor(b!)? error) -> ()",
+    f"reduce_encode(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, bool stochastic, "
+    "Tensor(a!)? residual, int blocks, int seed, Tensor? step, Tensor(b!) packet, int element_type, "
+    "Tensor(c!)? error) -> ()",
+)
+
+_library = torch.library.Library("smallreduce", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+# ---- checks, the same for real and for fake tensors ----------------------------------------------------------------
+
+
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the data are, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+    if tensor.numel() < numel:
+        raise ValueError(f"{name} must have at least {numel} elements, got {tensor.numel()}")
+
+
+def _check_elements(tensor: Tensor, name: str, extent: int, device: torch.device) -> None:
+    if tensor.dtype not in ELEMENT_TYPES:
+        accepted = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
+        raise TypeError(f"{name} must be one of {accepted}, got {tensor.dtype}")
+    _check(tensor, name, tensor.dtype, extent, device)
+
+
+def _check_layout(segments: Tensor, table: Tensor, device: torch.device) -> None:
+    for tensor, name, columns in ((segments, "segments", 7), (table, "table", 4)):
+        _check(tensor, name, torch.int64, 0, device)
+        if tensor.dim() != 2 or tensor.shape[1] != columns:
+            raise ValueError(f"{name} must have {columns} columns, got shape {tuple(tensor.shape)}")
+    if segments.shape[0] < 1:
+        raise ValueError("segments must end with a sentinel row, got none")
+
+
+def _check_optional(
+    residual: Tensor | None, blocks: int, step: Tensor | None, error: Tensor | None, device: torch.device
+) -> None:
+    if residual is not None:
+        _check(residual, "residual", torch.float32, BLOCK * blocks, device)
+    if step is not None:
+        _check(step, "step", torch.int64, 1, device)
+    if error is not None:
+        _check(error, "error", torch.int32, 1, device)
+
+
+def _check_encode(
+    input: Tensor,
+    residual: Tensor | None,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    extent: int,
+    blocks: int,
+    seed: int,
+    step: Tensor | None,
+    packets: Tensor,
+    stride: int,
+) -> None:
+    device = input.device
+    _check_elements(input, "input", extent, device)
+    _check_layout(segments, table, device)
+    _check_optional(residual, blocks, step, None, device)
+    _check(packets, "packets", torch.uint8, table.shape[0] * stride, device)
+
+
+def _check_decode(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    device = packets.device
+    _check(packets, "packets", torch.uint8, table.shape[0] * stride, device)
+    _check_layout(segments, table, device)
+    _check_elements(output, "output", extent, device)
+    _check_optional(None, 0, None, error, device)
+
+
+def _check_reduce(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    device = packets.device
+    _check(packets, "packets", torch.uint8, ranks * stride, device)
+    _check_layout(segments, table, device)
+    _check_one_packet(table)
+    _check_elements(output, "output", extent, device)
+    _check_optional(None, 0, None, error, device)
+
+
+def _check_reduce_encode(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    residual: Tensor | None,
+    blocks: int,
+    seed: int,
+    step: Tensor | None,
+    packet: Tensor,
+    element_type: int,
+    error: Tensor | None,
+) -> None:
+    device = packets.device
+    _check(packets, "packets", torch.uint8, ranks * stride, device)
+    _check_layout(segments, table, device)
+    _check_one_packet(table)
+    _check_optional(residual, blocks, step, error, device)
+    _check(packet, "packet", torch.uint8, stride, device)
+
+
+def _check_one_packet(table: Tensor) -> None:
+    if table.shape[0] != 1:
+        raise ValueError(f"reducing takes the layout of one packet, got {table.shape[0]}")
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _require_cuda() -> None:
+    version = native.cuda_runtime_version()
+    if version == 0:
+        raise RuntimeError(
+            "smallreduce was built without CUDA, so it cannot take CUDA tensors; install the CUDA toolkit (nvcc) "
+            "and reinstall with SMALLREDUCE_CUDA=ON, or move the tensors to the CPU"
+        )
+    torch_major = int((torch.version.cuda or "0").split(".")[0])
+    if version // 1000 != torch_major:
+        raise RuntimeError(
+            f"smallreduce was built for CUDA {version // 1000}, but this PyTorch is built for CUDA "
+            f"{torch.version.cuda}; reinstall smallreduce with the CUDA {torch_major} toolkit first on the PATH"
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tables(segments: Tensor, table: Tensor) -> tuple[int, int, int, int]:
+    return segments.data_ptr(), segments.shape[0] - 1, table.data_ptr(), table.shape[0]
+
+
+def _step(step: Tensor | None) -> int:
+    # The CUDA kernels read the step themselves, so that a captured graph sees it advance.
+    if step is None or step.is_cuda:
+        return _pointer(step)
+    return int(step.item()) & _MASK
+
+
+def _error(device: torch.device, error: Tensor | None) -> tuple[int, ...]:
+    # The CPU kernels raise instead.
+    return (_pointer(error),) if device.type == "cuda" else ()
+
+
+def _launch(name: str, device: torch.device, *args: Any) -> None:
+    if device.type == "cpu":
+        getattr(native, f"cpu_{name}")(*args, torch.get_num_threads())
+        return
+    _require_cuda()
+    with torch.cuda.device(device):
+        getattr(native, f"cuda_{name}")(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _encode(
+    input: Tensor,
+    residual: Tensor | None,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    extent: int,
+    blocks: int,
+    seed: int,
+    step: Tensor | None,
+    packets: Tensor,
+    stride: int,
+) -> None:
+    _launch(
+        "encode", input.device, input.data_ptr(), ELEMENT_TYPES[input.dtype], _pointer(residual),
+        *_tables(segments, table), kind, group, hadamard, stochastic, seed & _MASK, _step(step), packets.data_ptr(),
+        stride,
+    )  # fmt: skip
+
+
+def _decode(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    _launch(
+        "decode", packets.device, packets.data_ptr(), stride, *_tables(segments, table), kind, group, hadamard,
+        output.data_ptr(), ELEMENT_TYPES[output.dtype], *_error(packets.device, error),
+    )  # fmt: skip
+
+
+def _reduce(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    _launch(
+        "reduce", packets.device, packets.data_ptr(), stride, ranks, factor, *_tables(segments, table), kind, group,
+        hadamard, output.data_ptr(), ELEMENT_TYPES[output.dtype], *_error(packets.device, error),
+    )  # fmt: skip
+
+
+def _reduce_encode(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    residual: Tensor | None,
+    blocks: int,
+    seed: int,
+    step: Tensor | None,
+    packet: Tensor,
+    element_type: int,
+    error: Tensor | None,
+) -> None:
+    _launch(
+        "reduce_encode", packets.device, packets.data_ptr(), stride, ranks, factor, *_tables(segments, table), kind,
+        group, hadamard, stochastic, _pointer(residual), seed & _MASK, _step(step), packet.data_ptr(), element_type,
+        *_error(packets.device, error),
+    )  # fmt: skip
+
+
+def _register(name: str, check: Callable[..., None], launch: Callable[..., None]) -> None:
+    def kernel(*args: Any) -> None:
+        check(*args)
+        launch(*args)
+
+    torch.library.register_fake(f"smallreduce::{name}", check, lib=_library)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+
+
+_register("encode", _check_encode, _encode)
+_register("decode", _check_decode, _decode)
+_register("reduce", _check_reduce, _reduce)
+_register("reduce_encode", _check_reduce_encode, _reduce_encode)
+
+
+# ---- the operators on a Layout -------------------------------------------------------------------------------------
+
+
+def _signed(seed: int) -> int:
+    # Operators take signed 64-bit integers; a seed is any 64 bits.
+    seed &= _MASK
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _check_dtype(tensor: Tensor, layout: Layout) -> None:
+    if tensor.dtype != layout.dtype:
+        raise TypeError(f"the layout is for {layout.dtype}, got a tensor of {tensor.dtype}")
+
+
+def encode(
+    input: Tensor,
+    layout: Layout,
+    packets: Tensor,
+    residual: Tensor | None = None,
+    seed: int = 0,
+    step: Tensor | None = None,
+) -> None:
+    """Encodes the segments of ``input`` into ``packets``, ``layout.stride`` bytes apart.
+
+    Args:
+        input: Contiguous, of ``layout.dtype``.
+        packets: Contiguous uint8, at least ``layout.packet_count * layout.stride``.
+        residual: fp32 in block order by origin (``32 * layout.origin_end`` at least): added first, and replaced by
+            what the packets lose.
+        seed: Any 64-bit integer.
+        step: int64, one element, on the device of the data (read by the kernel, so that a captured graph sees it
+            advance); None is step 0.
+    """
+    _check_dtype(input, layout)
+    segments, table = layout.on(input.device)
+    kind, group, hadamard, stochastic = layout.format
+    torch.ops.smallreduce.encode(
+        input, residual, segments, table, kind, group, hadamard, stochastic, layout.extent, layout.origin_end,
+        _signed(seed), step, packets, layout.stride,
+    )  # fmt: skip
+
+
+def decode(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None = None) -> None:
+    """Decodes ``packets``, ``layout.stride`` bytes apart, into the segments of ``output``.
+
+    On the CPU a packet whose tag or digest is not the layout's raises ValueError before anything is written. On CUDA
+    ``error`` (int32, one element) receives one more than the number of the first such packet.
+    """
+    _check_dtype(output, layout)
+    segments, table = layout.on(packets.device)
+    kind, group, hadamard, _ = layout.format
+    torch.ops.smallreduce.decode(
+        packets, layout.stride, segments, table, kind, group, hadamard, layout.extent, output, error
+    )
+
+
+def reduce(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    layout: Layout,
+    output: Tensor,
+    error: Tensor | None = None,
+) -> None:
+    """Decodes the packets of ``ranks`` ranks, ``stride`` bytes apart, all of the one packet of ``layout``; writes their
+    sum in rank order times ``factor`` into the segments of ``output``."""
+    _check_dtype(output, layout)
+    segments, table = layout.on(packets.device)
+    kind, group, hadamard, _ = layout.format
+    torch.ops.smallreduce.reduce(
+        packets, stride, ranks, factor, segments, table, kind, group, hadamard, layout.extent, output, error
+    )
+
+
+def reduce_encode(
+    packets: Tensor,
+    stride: int,
+    ranks: int,
+    factor: float,
+    layout: Layout,
+    packet: Tensor,
+    residual: Tensor | None = None,
+    seed: int = 0,
+    step: Tensor | None = None,
+    error: Tensor | None = None,
+) -> None:
+    """As :func:`reduce`, but encodes the sum again into ``packet`` (``layout.nbytes[0]`` bytes).
+
+    ``residual`` is fp32 in the order of the packet's blocks (``32 * layout.blocks``), in the codec's domain. ``packet``
+    has ``stride`` bytes, of which the first ``layout.nbytes[0]`` are written.
+    """
+    segments, table = layout.on(packets.device)
+    kind, group, hadamard, stochastic = layout.format
+    torch.ops.smallreduce.reduce_encode(
+        packets, stride, ranks, factor, segments, table, kind, group, hadamard, stochastic, residual, layout.blocks,
+        _signed(seed), step, packet, ELEMENT_TYPES[layout.dtype], error,
+    )  # fmt: skip

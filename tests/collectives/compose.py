@@ -1,0 +1,82 @@
+"""What a collective should give, computed in one process from the operators: no channel, no chunks in flight."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import smallreduce as sr
+from smallreduce import ops
+from smallreduce._layout import Layout
+from smallreduce.collectives._engine import chunk_count, stage_seed
+
+_SIXTEENTH = 1 / 16
+
+
+def inputs(numel: int, world: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Each rank's input, a function of the rank alone."""
+    generators = [torch.Generator().manual_seed(1000 * seed + rank) for rank in range(world)]
+    return [torch.randn(numel, generator=generator).to(dtype) for generator in generators]
+
+
+def dyadic(numel: int, rank: int, seed: int = 0) -> Tensor:
+    """Multiples of 1/16 of magnitude below 4: sums of thousands of such are exact in fp32."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randint(-63, 64, (numel,), generator=generator) * _SIXTEENTH
+
+
+def composed_all_reduce(everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
+    """The all-reduce of every rank's flat tensor."""
+    world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
+    chunks = chunk_count(numel, codec)
+    layout = Layout.build([(0, numel)], codec.format, dtype, packets=chunks * world)
+    stride = layout.stride
+    sent = []
+    for rank, x in enumerate(everyones):
+        packets = torch.zeros(layout.packet_count, stride, dtype=torch.uint8)
+        ops.encode(x, layout, packets, seed=stage_seed(seed, 0, rank, 0))
+        sent.append(packets)
+    reduced = torch.zeros(layout.packet_count, stride, dtype=torch.uint8)
+    factor = 1 / world if op == dist.ReduceOp.AVG else 1.0
+    for packet in range(layout.packet_count):
+        owner = packet % world
+        received = torch.stack([packets[packet] for packets in sent])
+        ops.reduce_encode(
+            received, stride, world, factor, layout.select([packet]), reduced[packet],
+            seed=stage_seed(seed, 0, owner, 1),
+        )  # fmt: skip
+    result = torch.empty(numel, dtype=dtype)
+    ops.decode(reduced, layout, result)
+    return result
+
+
+def composed_reduce_scatter(
+    everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int
+) -> list[Tensor]:
+    """Each rank's part of the sum: the parts are encoded as segments of their own."""
+    world, numel, dtype = len(everyones), everyones[0].numel() // len(everyones), everyones[0].dtype
+    layout = Layout.build([(r * numel, numel) for r in range(world)], codec.format, dtype, world, range(world))
+    sent = []
+    for rank, x in enumerate(everyones):
+        packets = torch.zeros(world, layout.stride, dtype=torch.uint8)
+        ops.encode(x, layout, packets, seed=stage_seed(seed, 0, rank, 0))
+        sent.append(packets)
+    shard = Layout.build([(0, numel)], codec.format, dtype)
+    results = []
+    for owner in range(world):
+        out = torch.empty(numel, dtype=dtype)
+        received = torch.stack([packets[owner] for packets in sent])
+        ops.reduce(received, layout.stride, world, 1 / world if op == dist.ReduceOp.AVG else 1.0, shard, out)
+        results.append(out)
+    return results
+
+
+def composed_all_gather(everyones: list[Tensor], codec: sr.Codec, seed: int) -> Tensor:
+    """What every rank sees of all."""
+    return torch.cat(
+        [
+            sr.decode(sr.encode(x, codec, seed=stage_seed(seed, 0, rank, 0)), codec, x.numel(), x.dtype)
+            for rank, x in enumerate(everyones)
+        ]
+    )

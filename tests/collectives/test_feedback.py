@@ -1,0 +1,183 @@
+"""Error feedback: nothing is lost over the steps, it is state, and it survives being saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import smallreduce as sr
+from collectives.compose import dyadic, inputs
+from ranks import run
+from smallreduce._layout import BLOCK
+from smallreduce.collectives import AllReduce, channel_of
+from smallreduce.feedback import from_original_domain, to_original_domain
+
+_CPU = torch.device("cpu")
+
+
+def _telescopes(rank: int, world: int, spelling: str, sum_of: bool) -> dict[str, torch.Tensor]:
+    numel, steps = 3001, 12
+    op = dist.ReduceOp.SUM if sum_of else dist.ReduceOp.AVG
+    feedback = sr.ErrorFeedback()
+    outputs = torch.zeros(numel, dtype=torch.float64)
+    given = torch.zeros(numel, dtype=torch.float64)
+    for step in range(steps):
+        x = dyadic(numel, rank, seed=step)
+        given += x
+        sr.all_reduce(x, spelling, op=op, feedback=feedback)
+        outputs += x
+    codec = sr.codec(spelling)
+    assert codec is not None
+    assert feedback.step == steps
+    assert feedback.worker is not None
+    assert feedback.server is not None
+    engine = AllReduce([(0, numel)], codec, torch.float32, channel_of(None, _CPU))
+    server = torch.zeros(engine.layout.blocks, BLOCK)
+    server[engine.server_origins] = to_original_domain(feedback.server, codec).view(-1, BLOCK)
+    owed = feedback.worker[:numel].double()
+    return {"given": given, "outputs": outputs, "worker": owed, "server": server.view(-1)[:numel].double()}
+
+
+@pytest.mark.parametrize("spelling", ["int8", "int4", "int2", "int4:rounding=nearest", "int4-hadamard", "sign"])
+@pytest.mark.parametrize(("world", "sum_of"), [(2, False), (3, True)])
+def test_outputs_plus_residuals_are_the_inputs(spelling: str, world: int, sum_of: bool) -> None:
+    # Inputs are multiples of 1/16 below 4, scales have 8 bits: every sum here is exact, so nothing may be missing.
+    ranks = run(_telescopes, world, spelling, sum_of)
+    factor = 1.0 if sum_of else 1 / world
+    given = sum(result["given"] for result in ranks) * factor
+    owed = sum(result["worker"] for result in ranks) * factor + sum(result["server"] for result in ranks)
+    for result in ranks:
+        assert torch.equal(result["outputs"] + owed, given)
+    assert owed.any()
+
+
+def _constant(rank: int, world: int) -> None:
+    x = inputs(10_000, world, torch.float32)[rank]
+    exact = sum(inputs(10_000, world, torch.float32)) / world
+    feedback = sr.ErrorFeedback()
+    total = torch.zeros_like(x)
+    for _ in range(200):
+        y = x.clone()
+        sr.all_reduce(y, "int4", feedback=feedback)
+        total += y
+    assert ((total / 200 - exact).norm() / exact.norm()).item() < 0.02
+
+
+def test_constant_gradient_is_reached() -> None:
+    run(_constant, 2)
+
+
+def _non_finite_is_not_stored(rank: int, world: int) -> None:
+    feedback = sr.ErrorFeedback()
+    for value in (0.0, float("nan"), float("inf"), 0.0):
+        x = inputs(1000, world, torch.float32)[rank]
+        if rank == 0:
+            x[5] += value
+        sr.all_reduce(x, "int4", feedback=feedback)
+        assert feedback.worker is not None
+        assert feedback.server is not None
+        assert feedback.worker.isfinite().all()
+        assert feedback.server.isfinite().all()
+        assert x.isfinite().all() == (value == 0.0)
+
+
+def test_non_finite_values_are_not_stored() -> None:
+    run(_non_finite_is_not_stored, 2)
+
+
+def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, Any]]:
+    def advance(feedback: sr.ErrorFeedback, steps: range) -> torch.Tensor:
+        results = []
+        for step in steps:
+            x = dyadic(700, rank, seed=step)
+            sr.all_reduce(x, spelling, feedback=feedback, seed=11)
+            results.append(x)
+        return torch.stack(results)
+
+    first = sr.ErrorFeedback()
+    advance(first, range(5))
+    state = first.state_dict()
+    second = sr.ErrorFeedback()
+    second.load_state_dict(state)
+    assert second.step == 5
+    assert torch.equal(advance(first, range(5, 8)), advance(second, range(5, 8)))
+    # The state is a copy: what came after has not changed it.
+    third = sr.ErrorFeedback()
+    third.load_state_dict(state)
+    for residual, saved in ((third.worker, state["worker"]), (second.worker, state["worker"])):
+        assert residual is not None
+        assert torch.equal(residual, saved) == (residual is third.worker)
+    return [state]
+
+
+@pytest.mark.parametrize("spelling", ["int4", "int4-hadamard"])
+def test_a_loaded_state_goes_on_bit_for_bit(spelling: str) -> None:
+    run(_saved_and_loaded, 2, spelling)
+
+
+def _others_state(rank: int, world: int) -> None:
+    feedback = sr.ErrorFeedback()
+    x = torch.ones(100)
+    sr.all_reduce(x, "int4", feedback=feedback)
+    mine = feedback.state_dict()
+    states: list[Any] = [None] * world
+    dist.all_gather_object(states, mine)
+    theirs = states[1 - rank]
+    with pytest.raises(ValueError, match=rf"rank {1 - rank} of 2.*rank {rank} of 2"):
+        feedback.load_state_dict(theirs)
+    # Not yet bound, it finds out in the first collective, on every rank.
+    fresh = sr.ErrorFeedback()
+    fresh.load_state_dict(theirs)
+    with pytest.raises(ValueError, match=f"rank {1 - rank} of 2"):
+        sr.all_reduce(x, "int4", feedback=fresh)
+    larger = {**mine, "owner": {**mine["owner"], "world_size": 4}}
+    with pytest.raises(ValueError, match=f"rank {rank} of 4"):
+        feedback.load_state_dict(larger)
+    with pytest.raises(ValueError, match="100 elements"):
+        sr.all_reduce(torch.ones(101), "int4", feedback=feedback)
+    with pytest.raises(ValueError, match="int4"):
+        sr.all_reduce(x, "int8", feedback=feedback)
+    feedback.reset()
+    sr.all_reduce(x, "int8", feedback=feedback)
+
+
+def test_another_ranks_state_is_refused() -> None:
+    run(_others_state, 2)
+
+
+def test_unused_feedback_is_saved_and_loaded() -> None:
+    feedback = sr.ErrorFeedback()
+    other = sr.ErrorFeedback()
+    other.load_state_dict(feedback.state_dict())
+    assert other.step == 0
+    assert other.residual_norm() == 0.0
+    other.scale_(2.0)
+
+
+def _scaled(rank: int, world: int) -> None:
+    feedback = sr.ErrorFeedback()
+    sr.all_reduce(dyadic(500, rank), "int4-hadamard", feedback=feedback)
+    assert feedback.worker is not None
+    before, norm = feedback.worker.clone(), feedback.residual_norm()
+    assert norm > 0
+    feedback.scale_(0.5)
+    assert torch.equal(feedback.worker, before * 0.5)
+    assert feedback.residual_norm() == norm * 0.5
+
+
+def test_scaling() -> None:
+    run(_scaled, 2)
+
+
+def test_domains_are_each_others_inverse() -> None:
+    codec = sr.IntQuant(4, hadamard=True)
+    residual = dyadic(320, 0)
+    assert torch.equal(from_original_domain(to_original_domain(residual, codec), codec), residual)
+    assert torch.equal(to_original_domain(from_original_domain(residual, codec), codec), residual)
+    assert not torch.equal(to_original_domain(residual, codec), residual)
+    # The kernels' own transform: the first row of the matrix is all ones.
+    ones = torch.ones(32)
+    assert from_original_domain(ones, codec).tolist() == [1.0] + [0.0] * 31

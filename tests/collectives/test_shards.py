@@ -1,0 +1,123 @@
+"""reduce_scatter and all_gather against the same composed from one-process operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import smallreduce as sr
+from collectives.compose import composed_all_gather, composed_reduce_scatter, dyadic, inputs
+from ranks import run
+from smallreduce.collectives._engine import chunk_count
+
+SIZES = [0, 1, 33, 129, 4001]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _matches_composition(rank: int, world: int, codecs: list[str]) -> None:
+    for spelling in codecs:
+        codec = sr.codec(spelling)
+        assert codec is not None
+        for numel in SIZES:
+            for dtype in DTYPES:
+                everyones = inputs(world * numel, world, dtype)
+                for op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+                    out = torch.empty(numel, dtype=dtype)
+                    x = everyones[rank].clone()
+                    assert sr.reduce_scatter(out, x, codec, op=op, seed=9) is None
+                    assert torch.equal(x, everyones[rank])
+                    expected = x if world == 1 else composed_reduce_scatter(everyones, codec, op, seed=9)[rank]
+                    assert torch.equal(out, expected), (spelling, numel, dtype, op)
+                shards = [x[:numel] for x in everyones]
+                out = torch.empty(world * numel, dtype=dtype)
+                assert sr.all_gather(out, shards[rank], codec, seed=9) is None
+                expected = shards[0] if world == 1 else composed_all_gather(shards, codec, seed=9)
+                assert torch.equal(out, expected), (spelling, numel, dtype)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_composition(world: int) -> None:
+    run(_matches_composition, world, ["int4", "int8:group=32", "int4-hadamard", "sign", "bf16"])
+
+
+def _several_chunks(rank: int, world: int) -> None:
+    numel = 3_000_007
+    codec = sr.IntQuant(4)
+    assert chunk_count(world * numel, codec) > 1
+    everyones = inputs(world * numel, world, torch.float32)
+    out = torch.empty(numel)
+    sr.reduce_scatter(out, everyones[rank], codec, seed=4)
+    assert torch.equal(out, composed_reduce_scatter(everyones, codec, dist.ReduceOp.AVG, seed=4)[rank])
+    shards = [x[:numel] for x in everyones]
+    gathered = torch.empty(world * numel)
+    gathered[rank * numel :][:numel] = shards[rank]
+    # In place, as FSDP2 has it: the input is this rank's part of the output.
+    sr.all_gather(gathered, gathered[rank * numel :][:numel], codec, seed=4)
+    assert torch.equal(gathered, composed_all_gather(shards, codec, seed=4))
+
+
+def test_several_chunks() -> None:
+    run(_several_chunks, 2)
+
+
+def _shapes(rank: int, world: int) -> None:
+    everyones = inputs(world * 60, world, torch.float32)
+    expected = composed_reduce_scatter(everyones, sr.IntQuant(8), dist.ReduceOp.AVG, seed=1)[rank]
+    out = torch.zeros(20, 6)
+    work = sr.reduce_scatter(out[:, ::2], everyones[rank].view(world * 20, 3).t().contiguous().t(), "int8",
+                             async_op=True, seed=1)  # fmt: skip
+    assert work is not None
+    work.wait()
+    assert torch.equal(out[:, ::2].reshape(-1), expected)
+    assert not out[:, 1::2].any()
+    gathered = torch.zeros(world * 20, 6)
+    work = sr.all_gather(gathered[:, 1::2], out[:, ::2], "fp32", async_op=True)
+    assert work is not None
+    assert work.get_future().wait().shape == (world * 20, 3)
+    parts = composed_reduce_scatter(everyones, sr.IntQuant(8), dist.ReduceOp.AVG, seed=1)
+    assert torch.equal(gathered[:, 1::2].reshape(-1), torch.cat(parts))
+    assert not gathered[:, ::2].any()
+
+
+def test_shapes() -> None:
+    run(_shapes, 2)
+
+
+def _plain(rank: int, world: int) -> None:
+    everyones = inputs(world * 100, world, torch.float64)
+    for op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+        out = torch.empty(100, dtype=torch.float64)
+        sr.reduce_scatter(out, everyones[rank], None, op=op)
+        expected = torch.empty_like(out)
+        dist.reduce_scatter(expected, list(everyones[rank].chunk(world)), op=op)
+        assert torch.equal(out, expected)
+    gathered = torch.empty(world * 100, dtype=torch.float64)
+    sr.all_gather(gathered, out, None)
+    assert torch.equal(gathered[100 * rank :][:100], out)
+
+
+def test_no_codec_is_torchs_own() -> None:
+    run(_plain, 2)
+
+
+def _feedback(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    feedback = sr.ErrorFeedback()
+    total, given = torch.zeros(512, dtype=torch.float64), torch.zeros(world * 512, dtype=torch.float64)
+    for step in range(10):
+        x = dyadic(world * 512, rank, seed=step)
+        given += x
+        out = torch.empty(512)
+        sr.reduce_scatter(out, x, "int4", feedback=feedback)
+        total += out
+    assert feedback.worker is not None
+    assert feedback.server is not None
+    assert feedback.server.numel() == 0
+    return total, given, feedback.worker.double()
+
+
+def test_feedback_loses_nothing() -> None:
+    # Exact, as in test_feedback.py: the parts are whole blocks, so the residual is in the order of the elements.
+    ranks = run(_feedback, 2)
+    outputs = torch.cat([total for total, _, _ in ranks])
+    assert torch.equal(outputs + sum(owed for _, _, owed in ranks) / 2, sum(given for _, given, _ in ranks) / 2)

@@ -1,0 +1,253 @@
+"""Mistakes: each gives an error that says what was given and what is accepted, on every rank, and nothing hangs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import smallreduce as sr
+from ranks import outcomes, run
+
+# ---- one process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0], TypeError, "tensor, got list"),
+        (torch.zeros(3, dtype=torch.float64), TypeError, "torch.float32, .* got torch.float64"),
+        (torch.zeros(3, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.zeros(3, 3).to_sparse(), TypeError, "dense"),
+    ],
+)
+def test_encode_refuses(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sr.encode(x, "int4")
+
+
+def test_encode_refuses_an_out() -> None:
+    x = torch.zeros(100)
+    nbytes = sr.IntQuant(4).packet_nbytes(100)
+    for out, error, message in (
+        (torch.empty(nbytes - 1, dtype=torch.uint8), ValueError, f"{nbytes} bytes"),
+        (torch.empty(nbytes), TypeError, "torch.uint8, got torch.float32"),
+        (torch.empty(2 * nbytes, dtype=torch.uint8)[::2], ValueError, "contiguous"),
+        (torch.empty(nbytes, dtype=torch.uint8, device="meta"), ValueError, "on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            sr.encode(x, "int4", out=out)
+
+
+def _guarded(numel: int) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = torch.full((numel + 128,), 7.0)
+    return whole, whole[64:-64]
+
+
+def test_decode_refuses_and_writes_nothing() -> None:
+    packet = sr.encode(torch.randn(1000), "int4")
+    flipped = packet.clone()
+    flipped[3] ^= 1
+    other_tag = packet.clone()
+    other_tag[12] = 24
+    wrong: list[tuple[torch.Tensor, str, int, torch.dtype, type[Exception], str]] = [
+        (packet[:-1], "int4", 1000, torch.float32, ValueError, f"has {len(packet)} bytes, got {len(packet) - 1}"),
+        (packet[:0], "int4", 1000, torch.float32, ValueError, "bytes, got 0"),
+        (packet, "int4", 2000, torch.float32, ValueError, "bytes, got"),
+        (packet, "int4", 999, torch.float32, ValueError, "packet"),  # as many bytes, another digest
+        (packet, "int8", 1000, torch.float32, ValueError, "bytes, got"),
+        (packet, "int4-hadamard", 1000, torch.float32, ValueError, "packet"),
+        (packet, "int4", 1000, torch.float16, ValueError, "packet"),
+        (flipped, "int4", 1000, torch.float32, ValueError, "packet"),
+        (other_tag, "int4", 1000, torch.float32, ValueError, "packet"),
+        (packet.view(torch.int8), "int4", 1000, torch.float32, TypeError, "torch.uint8"),
+        (packet, "int4", -1, torch.float32, ValueError, "negative"),
+        (packet, "int4", 1000, torch.int32, TypeError, "got torch.int32"),
+        (packet, "int4:group=100", 1000, torch.float32, ValueError, "multiple of 32"),
+    ]
+    for given, codec, numel, dtype, error, message in wrong:
+        whole, out = _guarded(max(numel, 0))
+        with pytest.raises(error, match=message):
+            sr.decode(given, codec, numel, dtype, out=out if dtype == torch.float32 else None)
+        assert (whole == 7.0).all()
+    with pytest.raises(ValueError, match="1000 elements, got 999"):
+        sr.decode(packet, "int4", 1000, torch.float32, out=torch.empty(999))
+    whole, out = _guarded(1000)
+    sr.decode(packet, "int4", 1000, torch.float32, out=out)
+    assert (whole[:64] == 7.0).all()
+    assert (whole[-64:] == 7.0).all()
+
+
+def test_random_packets_are_decoded_or_refused() -> None:
+    """Whatever stands behind a right header, nothing is written out of bounds, and values are those of the format."""
+    for codec in ("int8", "int4", "int2", "int4-hadamard", "sign", "fp16", "fp8-e4m3"):
+        packet = sr.encode(torch.randn(1000), codec)
+        packet[16:] = torch.randint(0, 256, (len(packet) - 16,), generator=torch.Generator().manual_seed(1))
+        whole, out = _guarded(1000)
+        sr.decode(packet, codec, 1000, torch.float32, out=out)
+        assert (whole[:64] == 7.0).all()
+        assert (whole[-64:] == 7.0).all()
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        sr.all_reduce(torch.zeros(3), "int4")
+
+
+# ---- one rank's mistake is an error on every rank -------------------------------------------------------------------
+
+
+def _ten() -> torch.Tensor:
+    return torch.ones(10)
+
+
+MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: sr.all_reduce([1.0], "int4"), TypeError, "x must be a tensor, got list"),  # type: ignore[arg-type]
+    (lambda: sr.all_reduce(_ten().double(), "int4"), TypeError, "torch.float64"),
+    (lambda: sr.all_reduce(_ten().long(), None), TypeError, "floating-point"),
+    (lambda: sr.all_reduce(_ten().to("meta"), "int4"), ValueError, "on cpu, got meta"),
+    (lambda: sr.all_reduce(_ten(), "int5"), ValueError, "known are"),
+    (lambda: sr.all_reduce(_ten(), "int4:group=33"), ValueError, "multiple of 32"),
+    (lambda: sr.all_reduce(_ten(), 4), TypeError, "a codec is"),  # type: ignore[arg-type]
+    (lambda: sr.all_reduce(_ten(), "int4", op=dist.ReduceOp.MAX), ValueError, "SUM or ReduceOp.AVG"),
+    (lambda: sr.all_reduce(_ten(), "int4", op="sum"), TypeError, "got str"),  # type: ignore[arg-type]
+    (lambda: sr.all_reduce(_ten(), "int4", seed=1.5), TypeError, "got float"),  # type: ignore[arg-type]
+    (lambda: sr.all_reduce(_ten(), "int4", feedback={}), TypeError, "got dict"),  # type: ignore[arg-type]
+    (lambda: sr.reduce_scatter(torch.empty(5), torch.ones(11), "int4"), ValueError, "multiple of 2 elements"),
+    (lambda: sr.reduce_scatter(torch.empty(6), _ten(), "int4"), ValueError, "out must have 5 elements"),
+    (lambda: sr.reduce_scatter(torch.empty(5).half(), _ten(), "int4"), TypeError, "out must be of torch.float32"),
+    (lambda: sr.reduce_scatter(None, _ten(), "int4"), TypeError, "out must be a tensor"),  # type: ignore[arg-type]
+    (lambda: sr.all_gather(torch.empty(19), _ten(), "int4"), ValueError, "out must have 20 elements"),
+    (lambda: sr.all_gather(torch.empty(20), _ten().int(), "int4"), TypeError, "torch.int32"),
+]
+
+DIFFERENCES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: sr.all_reduce(_ten(), "int8"), "codec int8"),
+    (lambda: sr.all_reduce(_ten(), None), "codec None"),
+    (lambda: sr.all_reduce(torch.ones(11), "int4"), "11 elements"),
+    (lambda: sr.all_reduce(_ten().half(), "int4"), "torch.float16"),
+    (lambda: sr.all_reduce(_ten(), "int4", op=dist.ReduceOp.SUM), "SUM"),
+    (lambda: sr.all_reduce(_ten(), "int4", feedback=sr.ErrorFeedback()), "with feedback"),
+    (lambda: sr.all_gather(torch.empty(30), _ten(), "int4"), "all_gather"),
+    (lambda: sr.reduce_scatter(torch.empty(4), torch.ones(12), "int4"), "reduce_scatter"),
+]
+
+
+def _one_mistake(rank: int, world: int) -> None:
+    for number, (mistake, error, message) in enumerate(MISTAKES):
+        culprit = number % world
+        if rank == culprit:
+            with pytest.raises(error, match=message):
+                mistake()
+        else:
+            x = _ten()
+            with pytest.raises(RuntimeError, match=f"rank {culprit} refused: {error.__name__}: .*{message}"):
+                sr.all_reduce(x, "int4")
+            assert torch.equal(x, _ten())
+    # The group is as good as before.
+    x = _ten()
+    sr.all_reduce(x, "fp16")
+    assert torch.equal(x, _ten())
+
+
+def test_one_ranks_mistake_is_an_error_on_every_rank() -> None:
+    run(_one_mistake, 2, group_timeout=10)
+
+
+def _differences(rank: int, world: int) -> None:
+    for other, message in DIFFERENCES:
+        x = _ten()
+        call = other if rank == 1 else functools.partial(sr.all_reduce, x, "int4")
+        with pytest.raises(RuntimeError, match="do not agree") as raised:
+            call()
+        text = str(raised.value)
+        assert message in text.split("rank 1: ")[1].split(";")[0]
+        assert "ranks 0, 2: all_reduce of 10 elements of torch.float32, AVG, codec int4" in text
+        assert torch.equal(x, _ten())
+    feedback = sr.ErrorFeedback()
+    with pytest.raises(RuntimeError, match="do not agree"):
+        sr.all_reduce(torch.randn(10 + rank), "int4", feedback=feedback)
+    assert feedback.step == 0
+    assert feedback.worker is not None
+    assert not feedback.worker.any()
+    x = _ten()
+    sr.all_reduce(x, "fp16")
+    assert torch.equal(x, _ten())
+
+
+def test_ranks_that_disagree_are_told_who_had_what() -> None:
+    run(_differences, 3, group_timeout=10)
+
+
+# ---- a rank that dies ----------------------------------------------------------------------------------------------
+
+_GROUP_TIMEOUT = 8.0
+
+
+def _dies_between(rank: int, world: int) -> float:
+    x = torch.ones(100_000)
+    sr.all_reduce(x, "int4")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)connection|closed|timed out"):
+        sr.all_reduce(x, "int4")
+    return time.monotonic() - begin
+
+
+def _dies_in_the_middle(rank: int, world: int) -> float:
+    from smallreduce.collectives import AllReduce
+
+    if rank == 1:
+        # After the first of several chunks has been reduced: the others are somewhere in between.
+        turn = AllReduce.turn
+
+        def fatal(engine: AllReduce, chunk: int) -> Any:
+            if chunk == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return turn(engine, chunk)
+
+        AllReduce.turn = fatal  # type: ignore[method-assign]
+    begin = time.monotonic()
+    x = torch.ones(8_000_000)
+    works = [sr.all_reduce(x, "int4", async_op=True)]
+    for work in works:
+        assert work is not None
+        with pytest.raises(RuntimeError, match=r"smallreduce.all_reduce failed \(chunk \d of \d, rank \d of 3\)"):
+            work.wait()
+        with pytest.raises(RuntimeError, match="all_reduce failed"):
+            work.get_future().wait()
+        assert work.is_completed()
+    with pytest.raises(RuntimeError, match="out of step"):
+        sr.all_reduce(x, "int4")
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("function", [_dies_between, _dies_in_the_middle])
+def test_a_rank_that_dies(function: Callable[[int, int], float]) -> None:
+    results = outcomes(function, 3, timeout=40, group_timeout=_GROUP_TIMEOUT, keep=False)
+    assert results[1].exitcode == -signal.SIGKILL
+    for rank in (0, 2):
+        assert results[rank].ended, "it hung"
+        assert results[rank].error is None, results[rank].traceback
+        assert results[rank].value < _GROUP_TIMEOUT + 5
+        assert results[rank].exitcode == 0, "it did not exit by itself"
+
+
+def _hangs_at_nothing(rank: int, world: int) -> None:
+    # In flight when the function, and then the process, ends: never waited for.
+    for _ in range(3):
+        sr.all_reduce(torch.ones(1_000_000), "int4", async_op=True)
+
+
+def test_exit_with_collectives_in_flight() -> None:
+    results = outcomes(_hangs_at_nothing, 2, timeout=40, group_timeout=_GROUP_TIMEOUT, keep=False)
+    assert [result.exitcode for result in results] == [0, 0]
+    assert all(result.ended and result.error is None for result in results), [result.traceback for result in results]

@@ -1,0 +1,188 @@
+"""torch.ops.smallreduce: opcheck, torch.compile, the step as a tensor, and that the checks hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import smallreduce as sr
+from smallreduce import ops
+from smallreduce._layout import Layout
+
+LAYOUT = Layout.build([(3, 500), (600, 41)], sr.IntQuant(4).format, torch.float32, packets=2)
+SHARD = LAYOUT.select([1])
+STRIDE = LAYOUT.stride
+KIND, GROUP, HADAMARD, STOCHASTIC = LAYOUT.format
+
+
+def _arguments(name: str) -> tuple[Any, ...]:
+    x = torch.randn(700, generator=torch.Generator().manual_seed(0))
+    packets = torch.zeros(2 * STRIDE, dtype=torch.uint8)
+    ops.encode(x, LAYOUT, packets)
+    both = packets[STRIDE:].repeat(2)
+    step = torch.tensor(3)
+    whole = (LAYOUT.segments, LAYOUT.packets, KIND, GROUP, HADAMARD)
+    one = (SHARD.segments, SHARD.packets, KIND, GROUP, HADAMARD)
+    worker = torch.zeros(32 * LAYOUT.origin_end)
+    server = torch.zeros(32 * SHARD.blocks)
+    return {
+        "encode": (x, worker, *whole, STOCHASTIC, 700, LAYOUT.origin_end, 5, step, torch.zeros_like(packets), STRIDE),
+        "decode": (packets, STRIDE, *whole, LAYOUT.extent, torch.zeros(700), None),
+        "reduce": (both, STRIDE, 2, 0.5, *one, SHARD.extent, torch.zeros(700), None),
+        "reduce_encode": (
+            both,
+            STRIDE,
+            2,
+            0.5,
+            *one,
+            STOCHASTIC,
+            server,
+            SHARD.blocks,
+            5,
+            step,
+            torch.zeros(STRIDE, dtype=torch.uint8),
+            0,
+            None,
+        ),
+    }[name]
+
+
+NAMES = ["encode", "decode", "reduce", "reduce_encode"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.smallreduce, name).default, _arguments(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole(name: str) -> None:
+    operator = getattr(torch.ops.smallreduce, name).default
+    eager, compiled = _arguments(name), _arguments(name)
+    operator(*eager)
+
+    def around(*args: Any) -> Tensor:
+        operator(*args)
+        return sum(arg.sum() for arg in args if isinstance(arg, Tensor))  # what was written is seen afterwards
+
+    total = torch.compile(around, fullgraph=True, backend="aot_eager")(*compiled)
+    tensors = [(a, b) for a, b in zip(eager, compiled, strict=True) if isinstance(a, Tensor)]
+    assert all(torch.equal(a, b) for a, b in tensors)
+    assert torch.equal(total, sum(a.sum() for a, _ in tensors))
+
+
+def test_step_is_read_from_the_tensor() -> None:
+    x = torch.randn(700)
+    step = torch.tensor(0)
+    first, second, third = (torch.zeros(2 * STRIDE, dtype=torch.uint8) for _ in range(3))
+    ops.encode(x, LAYOUT, first, seed=1, step=step)
+    step += 1
+    ops.encode(x, LAYOUT, second, seed=1, step=step)
+    assert not torch.equal(first, second)
+    ops.encode(x, LAYOUT, third, seed=1)
+    assert torch.equal(first, third)
+
+
+def test_a_selection_is_part_of_the_whole() -> None:
+    x = torch.randn(700)
+    layout = Layout.build([(3, 500), (600, 41)], sr.IntQuant(4, group=64).format, torch.float32, packets=6)
+    packets = torch.zeros(6, layout.stride, dtype=torch.uint8)
+    ops.encode(x, layout, packets, seed=2)
+    for chosen in ([0], [5], [2, 3], [4, 1], range(6), []):
+        part = layout.select(list(chosen)) if chosen else None
+        if part is None:
+            continue
+        own = torch.zeros(len(chosen), part.stride, dtype=torch.uint8)
+        ops.encode(x, part, own, seed=2)
+        for row, packet in enumerate(chosen):
+            assert torch.equal(own[row, : part.nbytes[row]], packets[packet, : layout.nbytes[packet]])
+        assert part.numel <= layout.numel
+    assert layout.block_origins().tolist() == list(range(layout.blocks))
+    assert layout.select([4, 1]).block_origins().tolist() == (
+        layout.select([4]).block_origins().tolist() + layout.select([1]).block_origins().tolist()
+    )
+
+
+def _call(**changes: Any) -> None:
+    names = {
+        "encode": "input residual segments table kind group hadamard stochastic extent blocks seed step packets stride",
+        "decode": "packets stride segments table kind group hadamard extent output error",
+        "reduce": "packets stride ranks factor segments table kind group hadamard extent output error",
+        "reduce_encode": "packets stride ranks factor segments table kind group hadamard stochastic residual blocks "
+        "seed step packet element_type error",
+    }
+    operator = changes.pop("operator")
+    arguments = dict(zip(names[operator].split(), _arguments(operator), strict=True))
+    assert changes.keys() <= arguments.keys()
+    getattr(torch.ops.smallreduce, operator)(*{**arguments, **changes}.values())
+
+
+BYTES = torch.zeros(4 * STRIDE, dtype=torch.uint8)
+WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "torch.float64", {"operator": "encode", "input": torch.zeros(700, dtype=torch.float64)}),
+    (TypeError, "torch.int32", {"operator": "encode", "input": torch.zeros(700, dtype=torch.int32)}),
+    (ValueError, "at least 700", {"operator": "encode", "input": torch.zeros(699)}),
+    (ValueError, "contiguous", {"operator": "encode", "input": torch.zeros(1400)[::2]}),
+    (TypeError, "residual must be torch.float32", {"operator": "encode", "residual": torch.zeros(700).half()}),
+    (ValueError, "residual must have at least", {"operator": "encode", "residual": torch.zeros(100)}),
+    (TypeError, "packets must be torch.uint8", {"operator": "encode", "packets": BYTES.view(torch.int8)}),
+    (ValueError, "packets must have at least", {"operator": "encode", "packets": BYTES[:100]}),
+    (TypeError, "step must be torch.int64", {"operator": "encode", "step": torch.tensor(1.0)}),
+    (ValueError, "7 columns", {"operator": "encode", "segments": LAYOUT.packets}),
+    (ValueError, "4 columns", {"operator": "encode", "table": LAYOUT.segments}),
+    (ValueError, "sentinel", {"operator": "encode", "segments": LAYOUT.segments[:0]}),
+    (TypeError, "segments must be torch.int64", {"operator": "encode", "segments": LAYOUT.segments.int()}),
+    (
+        ValueError,
+        "on cpu",
+        {"operator": "encode", "packets": torch.zeros(2 * STRIDE, dtype=torch.uint8, device="meta")},
+    ),
+    (ValueError, "kind", {"operator": "encode", "kind": 7}),
+    (ValueError, "group", {"operator": "encode", "group": 33}),
+    (ValueError, "output must have at least", {"operator": "decode", "output": torch.zeros(10)}),
+    (TypeError, "output must be one of", {"operator": "decode", "output": torch.zeros(700, dtype=torch.float64)}),
+    (ValueError, "packet", {"operator": "decode", "packets": BYTES}),
+    (ValueError, "packet", {"operator": "decode", "output": torch.zeros(700, dtype=torch.float16)}),
+    (ValueError, "packets must have at least", {"operator": "reduce", "ranks": 3}),
+    (ValueError, "one packet", {"operator": "reduce", "table": LAYOUT.packets}),
+    (ValueError, "packet", {"operator": "reduce", "packets": BYTES}),
+    (ValueError, "one packet", {"operator": "reduce_encode", "table": LAYOUT.packets}),
+    (ValueError, "packet must have at least", {"operator": "reduce_encode", "packet": BYTES[:32]}),
+    (ValueError, "residual must have", {"operator": "reduce_encode", "residual": torch.zeros(31)}),
+    (ValueError, "packet", {"operator": "reduce_encode", "packets": BYTES}),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"), WRONG, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_wrong_arguments(error: type[Exception], message: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        _call(**changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_arguments(name: str) -> None:
+    _call(operator=name)
+
+
+def test_layout_of_another_dtype() -> None:
+    with pytest.raises(TypeError, match=r"layout is for torch\.float32, got a tensor of torch\.float16"):
+        ops.encode(torch.zeros(700).half(), LAYOUT, torch.zeros(2 * STRIDE, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
+def test_cuda_gives_the_same_bytes() -> None:
+    x = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
+    for codec in ("int8", "int4", "int2", "int4-hadamard", "sign", "bf16", "fp8-e4m3"):
+        packet = sr.encode(x, codec, seed=4)
+        on_device = sr.encode(x.cuda(), codec, seed=4)
+        assert torch.equal(on_device.cpu(), packet)
+        decoded = sr.decode(on_device, codec, x.numel(), x.dtype)
+        assert torch.equal(decoded.cpu(), sr.decode(packet, codec, x.numel(), x.dtype))
+        with pytest.raises(ValueError, match="not one of"):
+            sr.decode(on_device.flip(0), codec, x.numel(), x.dtype)
