@@ -209,14 +209,12 @@ SR_FN void encode_cast_group(const Source& source, uint8_t* codes) {
       Codes<kKind>::encode(tile + b * kBlock, target + b * block_bytes(kKind));
     }
     if (!source.residual) continue;
-    float* e = source.residual + begin;
-    float decoded[kBlock];
+    float decoded[kTile];
     for (int64_t b = 0; b < blocks_of(count); ++b) {
-      Codes<kKind>::decode(target + b * block_bytes(kKind), 1.0f, decoded);
-      for (int64_t i = b * kBlock; i < count && i < (b + 1) * kBlock; ++i) {
-        e[i] = is_finite(tile[i]) ? tile[i] - decoded[i - b * kBlock] : e[i];
-      }
+      Codes<kKind>::decode(target + b * block_bytes(kKind), 1.0f, decoded + b * kBlock);
     }
+    float* e = source.residual + begin;
+    for (int64_t i = 0; i < count; ++i) e[i] = is_finite(tile[i]) ? tile[i] - decoded[i] : e[i];
   }
 }
 

@@ -1,0 +1,179 @@
+"""One of DDP's buckets: which elements take which codec, and the engines that reduce them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from smallreduce._layout import BLOCK
+from smallreduce.codecs import Codec
+from smallreduce.collectives._channel import Channel
+from smallreduce.collectives._engine import AllReduce
+from smallreduce.ddp._memory import Binding, blocks_of
+from smallreduce.ddp._policy import Choice
+from smallreduce.ddp._stats import BucketStats
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter's gradient stands in a bucket's buffer (elements), and how it is reduced."""
+
+    name: str
+    offset: int
+    numel: int
+    choice: Choice
+
+
+class Part:
+    """The parameters of a bucket that one codec compresses: one call of one engine for each step.
+
+    Attributes:
+        number: Bucket and part, from which the random bits are derived; unique in a step.
+        binding: The residuals; None without error feedback.
+        saved_at: The step before which row 1 of the residuals was saved.
+        input_norm, error_norm: 2-norms of the last measured step's input and of what its encoding took away.
+    """
+
+    def __init__(self, slots: Sequence[Slot], codec: Codec, dtype: torch.dtype, channel: Channel, number: int) -> None:
+        self.slots = tuple(slots)
+        self.codec = codec
+        self.number = number
+        self.engine = AllReduce([(slot.offset, slot.numel) for slot in slots], codec, dtype, channel)
+        self.binding: Binding | None = None
+        self.saved_at = -1
+        self.input_norm: torch.Tensor | None = None
+        self.error_norm: torch.Tensor | None = None
+
+    @property
+    def collectives(self) -> int:
+        return 2 * self.engine.chunks
+
+    def packet_blocks(self) -> list[int]:
+        """The blocks of each packet, in the order of the blocks."""
+        layout = self.engine.layout
+        return [layout.select([packet]).blocks for packet in range(layout.packet_count)]
+
+    def measure_input(self, buffer: torch.Tensor, residual: torch.Tensor) -> None:
+        """Takes the norm of gradient plus residual, before the engine replaces both."""
+        norms = []
+        block = 0
+        for slot in self.slots:
+            owed = residual.narrow(0, BLOCK * block, slot.numel)
+            norms.append(torch.linalg.vector_norm(buffer.narrow(0, slot.offset, slot.numel) + owed))
+            block += blocks_of(slot.numel)
+        self.input_norm = torch.linalg.vector_norm(torch.stack(norms))
+
+    def measure_error(self, residual: torch.Tensor) -> None:
+        """Takes the norm of the residual, once the engine has written it."""
+        self.error_norm = torch.linalg.vector_norm(residual)
+
+
+@dataclass
+class Count:
+    """What was sent: collectives, payload bytes of this rank, and what plain DDP would have sent."""
+
+    collectives: int = 0
+    bytes_sent: int = 0
+    uncompressed_bytes: int = 0
+
+    def add(self, other: Count) -> None:
+        self.collectives += other.collectives
+        self.bytes_sent += other.bytes_sent
+        self.uncompressed_bytes += other.uncompressed_bytes
+
+    def add_all_reduce(self, tensor: torch.Tensor, world_size: int) -> None:
+        self.collectives += 1
+        self.bytes_sent += ring_bytes(tensor.numel() * tensor.element_size(), world_size)
+
+
+def ring_bytes(nbytes: int, world_size: int) -> int:
+    """What a rank sends in a ring all-reduce of ``nbytes``."""
+    return 2 * nbytes * (world_size - 1) // world_size
+
+
+@dataclass
+class BucketPlan:
+    """What the hook does with one bucket, as long as DDP keeps its form.
+
+    Attributes:
+        form: Identities of the parameters in their order, dtype and device: another form needs another plan.
+        exact: The slots that are reduced without a codec.
+        channel: Of the group, whose private groups take the exact collectives too; None at world size 1.
+        held: Tensors of the last call. On CUDA, streams other than the one that they were allocated on may use them
+            until DDP has waited for the call's future, which it has when the next call comes.
+    """
+
+    index: int
+    form: tuple[object, ...]
+    dtype: torch.dtype
+    numel: int
+    slots: tuple[Slot, ...]
+    exact: tuple[Slot, ...]
+    parts: tuple[Part, ...]
+    channel: Channel | None
+    steps: int = 0
+    compressed_steps: int = 0
+    count: Count = field(default_factory=Count)
+    held: list[torch.Tensor | None] = field(default_factory=list)
+
+    def stats(self) -> BucketStats:
+        measured = [(part.input_norm, part.error_norm) for part in self.parts]
+        inputs = [float(norm) for norm, error in measured if norm is not None and error is not None]
+        errors = [float(error) for norm, error in measured if norm is not None and error is not None]
+        norms = []
+        for part in self.parts:
+            if part.binding is not None:
+                # T of docs/wire-formats.md, section 8, times 2^-5 shortens a vector by sqrt(32).
+                factor = math.sqrt(BLOCK) if part.codec.format.hadamard else 1.0
+                norms += [float(part.binding.worker[0].norm()), factor * float(part.binding.server[0].norm())]
+        relative = None
+        if inputs:
+            relative = math.hypot(*errors) / math.hypot(*inputs) if math.hypot(*inputs) else 0.0
+        return BucketStats(
+            index=self.index,
+            dtype=self.dtype,
+            numel=self.numel,
+            compressed_numel=sum(slot.numel for part in self.parts for slot in part.slots),
+            codecs=tuple(part.codec.spelling for part in self.parts),
+            steps=self.steps,
+            collectives=self.count.collectives,
+            bytes_sent=self.count.bytes_sent,
+            uncompressed_bytes=self.count.uncompressed_bytes,
+            relative_error=relative,
+            residual_norm=math.hypot(*norms) if norms else None,
+        )
+
+
+def slots_of(bucket: GradBucket, names: Sequence[str], choices: Sequence[Choice]) -> tuple[Slot, ...]:
+    buffer = bucket.buffer()
+    return tuple(
+        Slot(name, int(gradient.storage_offset() - buffer.storage_offset()), gradient.numel(), choice)
+        for name, gradient, choice in zip(names, bucket.gradients(), choices, strict=True)
+    )
+
+
+def plan_bucket(
+    bucket: GradBucket, form: tuple[object, ...], slots: tuple[Slot, ...], channel: Channel | None
+) -> BucketPlan:
+    """Groups the slots by codec and makes an engine for each; without a channel (world size 1) everything is exact."""
+    buffer = bucket.buffer()
+    by_codec: dict[Codec, list[Slot]] = {}
+    if channel is not None:
+        for slot in slots:
+            if slot.choice.codec is not None:
+                by_codec.setdefault(slot.choice.codec, []).append(slot)
+    parts = tuple(
+        # 256 codecs in one bucket are more than there are.
+        Part(part, codec, buffer.dtype, channel, bucket.index() << 8 | number)
+        for number, (codec, part) in enumerate(by_codec.items())
+        if channel is not None
+    )
+    exact = tuple(slot for slot in slots if channel is None or slot.choice.codec is None)
+    return BucketPlan(bucket.index(), form, buffer.dtype, buffer.numel(), slots, exact, parts, channel)

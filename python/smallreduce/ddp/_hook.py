@@ -1,0 +1,84 @@
+"""The communication hook and its registration."""
+
+# DDP compares the hook's annotations with the types themselves, so they must not become strings here:
+# no `from __future__ import annotations`.
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from smallreduce.codecs import Codec
+from smallreduce.ddp._policy import CodecFor
+from smallreduce.ddp._state import HookState
+
+
+def hook(
+    state: HookState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """Communication hook for ``ddp_model.register_comm_hook(HookState(...), hook)``.
+
+    Args:
+        state: One for each DDP model.
+        bucket: Dense gradients; fp32, bf16 and fp16 can be compressed, other dtypes are exact by default.
+
+    Returns:
+        A future of the bucket's own buffer, holding the mean over the ranks: the same bits on every rank.
+
+    Raises:
+        RuntimeError: The ranks do not agree about the configuration or the buckets, or a peer died.
+        TypeError: Sparse gradients, or a codec for a dtype that it does not take.
+        ValueError: The residuals that were loaded are not of this model and these codecs.
+    """
+    return state.reduce(bucket)
+
+
+def register(
+    ddp: DistributedDataParallel,
+    codec: Codec | str | None,
+    *,
+    codec_for: CodecFor | None = None,
+    feedback: bool = True,
+    warmup_steps: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+    seed: int = 0,
+    measure_every: int = 100,
+) -> HookState:
+    """Compresses the gradients that a DDP model reduces. Every rank calls it, before the first backward pass.
+
+        ddp_model = torch.nn.parallel.DistributedDataParallel(model)
+        state = smallreduce.ddp.register(ddp_model, "int4")
+        ...
+        print(state.stats())
+
+    Args:
+        ddp: The model; no other communication hook may be registered on it.
+        codec, codec_for, feedback, warmup_steps, scaler, seed, measure_every: See :class:`HookState`. ``codec_for``
+            gets the parameters' names in ``ddp.module``.
+
+    Returns:
+        The state: ``stats()``, ``state_dict()``, ``load_state_dict()``.
+
+    Raises:
+        RuntimeError: The ranks do not agree about any of this; on every rank.
+        ValueError, TypeError: Impossible values.
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"ddp must be a DistributedDataParallel module, got {type(ddp).__name__}")
+    state = HookState(
+        codec,
+        module=ddp,
+        codec_for=codec_for,
+        feedback=feedback,
+        warmup_steps=warmup_steps,
+        scaler=scaler,
+        seed=seed,
+        # With a static graph a parameter is used always or never, and one never used owes nothing.
+        find_unused_parameters=ddp.find_unused_parameters and not ddp.static_graph,
+        measure_every=measure_every,
+        process_group=ddp.process_group,
+    )
+    ignored = ddp.parameters_to_ignore
+    state.agree([p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored])
+    ddp.register_comm_hook(state, hook)
+    return state

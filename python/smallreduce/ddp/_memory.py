@@ -1,0 +1,224 @@
+"""Error-feedback memory of a model: residuals that belong to parameters, wherever DDP puts them.
+
+A kernel sees two flat tensors per bucket and codec: the residual of what this rank sends, and the residual of the
+shard that it reduces. DDP rebuilds its buckets after the first iteration, and with them every shard's owner. What stays
+is the parameter and its 32-element blocks (docs/wire-formats.md, 1): a bucket is only ever cut between groups of a
+parameter, so its residuals move block by block, bit for bit, and what is owed to a parameter is preserved.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from smallreduce._layout import BLOCK
+
+
+def blocks_of(numel: int) -> int:
+    return -(-numel // BLOCK)
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Blocks ``[begin, end)`` of a parameter, whose server residual rank ``owner`` holds."""
+
+    owner: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """The residuals of one parameter that this rank holds.
+
+    Attributes:
+        codec: Spelling of the codec, in whose domain the server residual lies.
+        numel: Elements of the parameter.
+        worker: fp32 of shape (rows, 32 * blocks). Row 0 is the residual, row 1, if there, what it was before this step.
+        shards: Where the server residual lies, on whichever rank; the same on all ranks.
+        server: For each of ``shards``, fp32 of shape (rows, 32 * its blocks) in the domain in which the codec adds;
+            None where another rank holds it.
+    """
+
+    codec: str
+    numel: int
+    worker: torch.Tensor
+    shards: tuple[Shard, ...]
+    server: tuple[torch.Tensor | None, ...]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield self.worker
+        yield from (tensor for tensor in self.server if tensor is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "codec": self.codec,
+            "numel": self.numel,
+            "worker": self.worker[0, : self.numel].cpu().clone(),
+            "shards": [(shard.owner, shard.begin, shard.end) for shard in self.shards],
+            "server": [None if tensor is None else tensor[0].cpu().clone() for tensor in self.server],
+        }
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> Residuals:
+        numel = int(state["numel"])
+        worker = torch.zeros(1, BLOCK * blocks_of(numel))
+        worker[0, :numel] = state["worker"]
+        return Residuals(
+            state["codec"],
+            numel,
+            worker,
+            tuple(Shard(*shard) for shard in state["shards"]),
+            tuple(None if tensor is None else tensor.clone().unsqueeze(0) for tensor in state["server"]),
+        )
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The flat residuals of some parameters that one kernel call works on.
+
+    Attributes:
+        worker: fp32 of shape (rows, 32 * blocks), parameter after parameter.
+        server: fp32 of shape (rows, 32 * blocks of this rank's packet).
+        nbytes_moved: Bytes of server residuals that this rank sent to new owners.
+        moved: Whether any rank did, so that an all_to_all took place.
+    """
+
+    worker: torch.Tensor
+    server: torch.Tensor
+    nbytes_moved: int
+    moved: bool
+
+    def save(self) -> None:
+        """Keeps the residuals as they are now in row 1."""
+        for tensor in (self.worker, self.server):
+            tensor[1].copy_(tensor[0])
+
+    def restore(self) -> None:
+        """Brings back what :meth:`save` kept."""
+        for tensor in (self.worker, self.server):
+            tensor[0].copy_(tensor[1])
+
+
+def bind(
+    memory: dict[str, Residuals],
+    numels: Mapping[str, int],
+    codec: str,
+    packet_blocks: Sequence[int],
+    *,
+    rows: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> Binding:
+    """Brings the residuals of some parameters together for one layout; a collective if any shard changes its owner.
+
+    Args:
+        memory: Residuals of all parameters by name, updated in place. Parameters not in it start at zero.
+        numels: The elements of each parameter of the layout, in its order.
+        codec: Spelling of the codec of all of them.
+        packet_blocks: The blocks of each packet, in the order of the blocks; packet p is reduced by rank p mod W, whose
+            server residual is that of its packets one after the other.
+        rows: 1, or 2 to keep room for the values before the step.
+        device: Of the new residuals.
+        group: All ranks must call with the same names, sizes, packets and old shards.
+    """
+    rank, world_size = group.rank(), group.size()
+    worker = torch.zeros(rows, BLOCK * sum(packet_blocks), device=device)
+    server = torch.zeros(rows, BLOCK * sum(packet_blocks[rank::world_size]), device=device)
+    shards_of = _cut([blocks_of(numel) for numel in numels.values()], packet_blocks, world_size)
+
+    outgoing: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    incoming: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    moved = False
+    worker_at = server_at = 0
+    for (name, numel), shards in zip(numels.items(), shards_of, strict=True):
+        place = worker.narrow(1, worker_at, BLOCK * blocks_of(numel))
+        worker_at += place.shape[1]
+        places: list[torch.Tensor | None] = []
+        for shard in shards:
+            size = BLOCK * (shard.end - shard.begin) if shard.owner == rank else 0
+            places.append(server.narrow(1, server_at, size) if shard.owner == rank else None)
+            server_at += size
+        new = Residuals(codec, numel, place, shards, tuple(places))
+        old = memory.get(name)
+        if old is not None:
+            new.worker.copy_(old.worker[:1])
+            for source, target, begin, end in _overlaps(old.shards, new.shards):
+                moved |= old.shards[source].owner != new.shards[target].owner
+                values = _blocks(old, source, begin, end)
+                place_of_values = _blocks(new, target, begin, end)
+                if values is not None and place_of_values is not None:
+                    place_of_values.copy_(values[:1])
+                elif values is not None:
+                    outgoing[new.shards[target].owner].append(values[0])
+                elif place_of_values is not None:
+                    incoming[old.shards[source].owner].append(place_of_values)
+        memory[name] = new
+
+    nbytes_moved = _exchange(outgoing, incoming, device, group) if moved else 0
+    return Binding(worker, server, nbytes_moved, moved)
+
+
+def _cut(counts: Sequence[int], packet_blocks: Sequence[int], world_size: int) -> list[tuple[Shard, ...]]:
+    """The shards of parameters of ``counts`` blocks each, laid end to end and cut into packets."""
+    ends = list(itertools.accumulate(packet_blocks))
+    shards_of = []
+    packet = first = 0
+    for count in counts:
+        shards = []
+        begin = 0
+        while begin < count:
+            while ends[packet] <= first + begin:
+                packet += 1
+            end = min(count, ends[packet] - first)
+            shards.append(Shard(packet % world_size, begin, end))
+            begin = end
+        shards_of.append(tuple(shards))
+        first += count
+    return shards_of
+
+
+def _overlaps(old: Sequence[Shard], new: Sequence[Shard]) -> Iterator[tuple[int, int, int, int]]:
+    """Each run of blocks that lies in one old and one new shard: their numbers, its first block and its end."""
+    source = target = begin = 0
+    while source < len(old) and target < len(new):
+        end = min(old[source].end, new[target].end)
+        yield source, target, begin, end
+        source += end == old[source].end
+        target += end == new[target].end
+        begin = end
+
+
+def _blocks(residuals: Residuals, shard: int, begin: int, end: int) -> torch.Tensor | None:
+    """Blocks ``[begin, end)`` of the parameter, which lie in the given shard; None if another rank holds it."""
+    tensor = residuals.server[shard]
+    if tensor is None:
+        return None
+    return tensor.narrow(1, BLOCK * (begin - residuals.shards[shard].begin), BLOCK * (end - begin))
+
+
+def _exchange(
+    outgoing: Mapping[int, Sequence[torch.Tensor]],
+    incoming: Mapping[int, Sequence[torch.Tensor]],
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> int:
+    """Sends tensors to ranks, fills those that come from ranks; returns the bytes sent."""
+    ranks = range(group.size())
+    send_sizes = [sum(tensor.shape[-1] for tensor in outgoing.get(rank, ())) for rank in ranks]
+    receive_sizes = [sum(tensor.shape[-1] for tensor in incoming.get(rank, ())) for rank in ranks]
+    send = torch.cat(
+        [torch.empty(0, device=device)] + [tensor.to(device) for rank in ranks for tensor in outgoing.get(rank, ())]
+    )
+    receive = torch.empty(sum(receive_sizes), device=device)
+    dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=group)
+    places = [tensor for rank in ranks for tensor in incoming.get(rank, ())]
+    for place, values in zip(places, torch.split(receive, [place.shape[-1] for place in places]), strict=True):
+        place.copy_(values)
+    return send.numel() * send.element_size()

@@ -1,0 +1,481 @@
+"""The state behind the DDP communication hook: the codecs, the residuals, the step, and what was sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from smallreduce.codecs import Codec
+from smallreduce.codecs import codec as parse_codec
+from smallreduce.collectives._channel import Channel, channel_of
+from smallreduce.ddp._agreement import agree, refusing
+from smallreduce.ddp._bucket import BucketPlan, Count, Part, Slot, plan_bucket, ring_bytes, slots_of
+from smallreduce.ddp._memory import Residuals, bind
+from smallreduce.ddp._notice import warn_if_never_called
+from smallreduce.ddp._policy import Choice, CodecFor, choose
+from smallreduce.ddp._stats import Bypassed, Stats
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
+_FORMAT = 1  # of the state_dict
+
+
+class HookState:
+    """State of :func:`smallreduce.ddp.hook`, for ``ddp_model.register_comm_hook(state, smallreduce.ddp.hook)``.
+
+    :func:`smallreduce.ddp.register` makes one from a DDP model. One state serves one DDP model.
+
+    Error feedback is that of DoubleSqueeze (arXiv:1905.05957, section 3): each rank keeps what compression took from
+    its own gradient (as many fp32 values as compressed parameters), and what it took from the shard of the mean that
+    the rank reduces (1/W of that). Both belong to parameters and survive DDP's rebuilding of its buckets.
+
+    Args:
+        codec: A codec, its spelling (``"int4"``), or None: exact, the same bits as DDP without a hook.
+        module: The model, or the DDP module around it. It gives parameters their names, in ``codec_for``, ``stats()``
+            and ``state_dict()``; without it ``codec_for`` gets None and the others count ``parameter.0``,
+            ``parameter.1``, ... in the order of DDP's first buckets.
+        codec_for: ``codec_for(name, parameter)`` gives the codec of each parameter, its spelling, or None for exact. By
+            default parameters with fewer than two dimensions are exact. It must give the same on all ranks.
+        feedback: Error feedback. Without it only unbiased codecs (stochastic rounding) converge to the same loss.
+        warmup_steps: Steps in the beginning that are exact.
+        scaler: The ``torch.amp.GradScaler`` that scales the loss, of this model alone. Residuals follow its scale;
+            after a step that it skipped (a scale lowered by ``update()``) they are what they were before it, which
+            takes their memory twice. Its scale is read in each step, for which a CUDA device is waited for. Not
+            together with ``join()``: a rank that has joined does not see the scale.
+        seed: Base of the random bits, which also depend on the step, the bucket and the rank
+            (docs/wire-formats.md, section 6). The same on all ranks.
+        find_unused_parameters: As given to DDP. A parameter whose gradient is zero on all ranks then keeps its
+            residuals and its zero gradient, at the price of one more small collective for each bucket and the
+            residuals' memory twice.
+        measure_every: Compressed steps of a bucket from one measurement of ``relative_error`` to the next; 0: never.
+        process_group: That of the DDP module; None: the default group.
+
+    Attributes:
+        step: Synchronised backward passes so far. Saved: with it a step can be replayed bit for bit.
+        calls: Calls of the hook so far.
+
+    Raises:
+        ValueError, TypeError: Impossible values.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | str | None,
+        *,
+        module: torch.nn.Module | None = None,
+        codec_for: CodecFor | None = None,
+        feedback: bool = True,
+        warmup_steps: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int = 0,
+        find_unused_parameters: bool = False,
+        measure_every: int = 100,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._codec = parse_codec(codec)
+        if codec_for is not None and not callable(codec_for):
+            raise TypeError(f"codec_for must be callable, got {type(codec_for).__name__}")
+        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        for name, count in (("warmup_steps", warmup_steps), ("measure_every", measure_every)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+            if count < 0:
+                raise ValueError(f"{name} must not be negative, got {count}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        self._codec_for = codec_for
+        self._feedback = bool(feedback)
+        self._warmup_steps = warmup_steps
+        self._scaler = scaler
+        self._seed = seed
+        self._find_unused = bool(find_unused_parameters)
+        self._measure_every = measure_every
+        self._process_group = process_group
+
+        self.step = 0
+        self.calls = 0
+        self._uncompressed_steps = 0
+        self._last_index: int | None = None  # of the bucket before this one, in the same step
+        self._scale: float | None = None  # of the loss, in which the residuals are
+        self._plans: dict[int, BucketPlan] = {}
+        self._memory: dict[str, Residuals] = {}
+        self._retired = Count()
+        self._unnamed = 0
+        # By id: a tensor is no key. The tensor beside it keeps the id from being given to another.
+        self._names: dict[int, tuple[torch.Tensor, str | None, str]] = {}
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        if module is not None:
+            self._names = {id(p): (p, name, name) for name, p in module.named_parameters()}
+        self._watch = warn_if_never_called(self, None if module is None else module.parameters())
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Starts the reduction of one bucket; the hook itself."""
+        group = self._group()
+        # DDP reduces its buckets in the order of their indices, the same on all ranks.
+        if self._last_index is None or bucket.index() <= self._last_index:
+            self._begin_step()
+        self._last_index = None if bucket.is_last() else bucket.index()
+        if self.calls == 0:
+            self._watch.remove()
+        self.calls += 1
+        buffer = bucket.buffer()
+        plan = self._plan(bucket, group)
+        plan.steps += 1
+        plan.count.uncompressed_bytes += ring_bytes(buffer.numel() * buffer.element_size(), group.size())
+        if plan.channel is None:
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future(
+                devices=[buffer.device] if buffer.is_cuda else None
+            )
+            done.set_result(buffer)
+            return done
+        if not plan.parts or self.step <= self._warmup_steps:
+            return self._reduce_exactly(plan, buffer, plan.channel)
+        return self._reduce_compressed(plan, buffer, plan.channel)
+
+    def _begin_step(self) -> None:
+        self._follow_scaler()
+        if self.step < self._warmup_steps or self._group().size() == 1:
+            self._uncompressed_steps += 1
+        self.step += 1
+
+    def _reduce_exactly(
+        self, plan: BucketPlan, buffer: torch.Tensor, channel: Channel
+    ) -> torch.futures.Future[torch.Tensor]:
+        # DDP's own arithmetic: its bits depend on the factor coming before the sum.
+        work = dist.all_reduce(buffer.mul_(1.0 / channel.world_size), group=channel.first, async_op=True)
+        plan.count.add_all_reduce(buffer, channel.world_size)
+
+        def finish(future: torch.futures.Future[Any]) -> torch.Tensor:
+            future.wait()
+            return buffer
+
+        reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(finish)
+        return reduced
+
+    def _reduce_compressed(
+        self, plan: BucketPlan, buffer: torch.Tensor, channel: Channel
+    ) -> torch.futures.Future[torch.Tensor]:
+        futures: list[torch.futures.Future[Any]] = []
+
+        exact = [buffer.narrow(0, slot.offset, slot.numel) for slot in plan.exact]
+        together = torch.cat(exact).mul_(1.0 / channel.world_size) if exact else None
+        if together is not None:
+            futures.append(dist.all_reduce(together, group=channel.first, async_op=True).get_future())
+            plan.count.add_all_reduce(together, channel.world_size)
+
+        compressed = [slot for part in plan.parts for slot in part.slots]
+        used = None
+        if self._find_unused and self._feedback:
+            used = torch.stack([buffer.narrow(0, slot.offset, slot.numel).any() for slot in compressed]).to(torch.uint8)
+            futures.append(dist.all_reduce(used, dist.ReduceOp.MAX, group=channel.first, async_op=True).get_future())
+            plan.count.add_all_reduce(used, channel.world_size)
+
+        measured = bool(self._measure_every) and plan.compressed_steps % self._measure_every == 0
+        plan.compressed_steps += 1
+        residuals = [self._launch(part, buffer, measured, futures) for part in plan.parts]
+        plan.held = [together, used, *residuals]
+        for part in plan.parts:
+            plan.count.collectives += part.collectives
+            plan.count.bytes_sent += part.engine.bytes_sent
+
+        def finish(all_done: torch.futures.Future[list[torch.futures.Future[Any]]]) -> torch.Tensor:
+            for future in all_done.value():
+                future.wait()
+            if together is not None:
+                torch._foreach_copy_(exact, list(torch.split(together, [slot.numel for slot in plan.exact])))
+            if used is not None:
+                self._keep_unused(compressed, used, buffer)
+            if measured:
+                for part, residual in zip(plan.parts, residuals, strict=True):
+                    if residual is not None:
+                        part.measure_error(residual)
+            return buffer
+
+        reduced: torch.futures.Future[torch.Tensor] = torch.futures.collect_all(futures).then(finish)
+        return reduced
+
+    def _launch(
+        self, part: Part, buffer: torch.Tensor, measured: bool, futures: list[torch.futures.Future[Any]]
+    ) -> torch.Tensor | None:
+        """Starts one part of a bucket; returns the worker's residual that it replaces, if any."""
+        worker = server = None
+        if part.binding is not None:
+            if self._rows == 2:
+                part.binding.save()
+                part.saved_at = self.step
+            worker, server = part.binding.worker[0], part.binding.server[0]
+        elif measured:
+            # Without feedback a residual of zeros shows what is lost, and changes nothing.
+            worker = torch.zeros(part.engine.worker_numel, device=buffer.device)
+        if measured and worker is not None:
+            part.measure_input(buffer, worker)
+        work = part.engine.launch(
+            buffer,
+            dist.ReduceOp.AVG,
+            worker=worker,
+            server=server,
+            seed=self._seed,
+            bucket=part.number,
+            step=self.step - 1,
+        )
+        futures.append(work.get_future())
+        return worker
+
+    def _keep_unused(self, slots: Sequence[Slot], used: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Gives parameters without a gradient on any rank their residuals back, and their gradient its zeros.
+
+        DDP drops the reduced gradient of a parameter that no rank used, so that what it would correct stays owed. Where
+        such a parameter was used and its gradient is zero, its correction comes with the next one that is not.
+        """
+        for slot, flag in zip(slots, used.to(torch.bool), strict=True):
+            for tensor in self._memory[slot.name].tensors():
+                torch.where(flag, tensor[0], tensor[1], out=tensor[0])
+            gradient = buffer.narrow(0, slot.offset, slot.numel)
+            gradient.copy_(torch.where(flag, gradient, gradient.new_zeros(())))
+
+    @property
+    def _rows(self) -> int:
+        return 2 if self._scaler is not None or self._find_unused else 1
+
+    def _follow_scaler(self) -> None:
+        """Brings the residuals into the loss scale of now, and, if the last step was skipped, back to before it."""
+        if self._scaler is None:
+            return
+        scale = float(self._scaler.get_scale())
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"the loss scale must be finite and positive, got {scale}")
+        if self._scale is not None and scale != self._scale:
+            if scale < self._scale:
+                for plan in self._plans.values():
+                    for part in plan.parts:
+                        if part.binding is not None and part.saved_at == self.step:
+                            part.binding.restore()
+            for residuals in self._memory.values():
+                for tensor in residuals.tensors():
+                    tensor.mul_(scale / self._scale)
+        self._scale = scale
+
+    # ---- buckets ----------------------------------------------------------------------------------------------------
+
+    def _group(self) -> dist.ProcessGroup:
+        group = dist.group.WORLD if self._process_group is None else self._process_group
+        if group is None:
+            raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
+        return group
+
+    def _plan(self, bucket: GradBucket, group: dist.ProcessGroup) -> BucketPlan:
+        parameters = bucket.parameters()
+        buffer = bucket.buffer()
+        form = (*map(id, parameters), buffer.dtype, buffer.device)
+        plan = self._plans.get(bucket.index())
+        if plan is not None and plan.form == form:
+            return plan
+
+        channel = channel_of(group, buffer.device) if group.size() > 1 else None
+        count = Count()
+        slots = refusing(channel, lambda: self._slots(bucket, parameters))
+        plan = plan_bucket(bucket, form, slots, channel)
+        if channel is not None:
+            lines = [f"{slot.name}: {self._line(slot.numel, slot.choice)}" for slot in slots]
+            # Server residuals are moved by what every rank believes of where they are.
+            lines += [
+                f"residuals of {name}: {[tuple(vars(shard).values()) for shard in self._memory[name].shards]}"
+                for name in (slot.name for slot in slots)
+                if name in self._memory
+            ]
+            header = f"bucket {bucket.index()} of {buffer.numel()} elements of {buffer.dtype} in step {self.step}"
+            agree(channel, f"{self._header()}, {header}", lines, count)
+        if self._feedback and channel is not None:
+            for part in plan.parts:
+                part.binding = bind(
+                    self._memory,
+                    {slot.name: slot.numel for slot in part.slots},
+                    part.codec.spelling,
+                    part.packet_blocks(),
+                    rows=self._rows,
+                    device=buffer.device,
+                    group=channel.first,
+                )
+                count.collectives += part.binding.moved
+                count.bytes_sent += part.binding.nbytes_moved
+        self._retire({slot.name for slot in slots})
+        self._plans[bucket.index()] = plan
+        plan.count = count
+        return plan
+
+    def _slots(self, bucket: GradBucket, parameters: Sequence[torch.Tensor]) -> tuple[Slot, ...]:
+        if bucket.buffer().layout is not torch.strided:
+            raise TypeError(
+                f"bucket {bucket.index()} has gradients of layout {bucket.buffer().layout}; compressed reduction takes "
+                "dense ones: make the embedding with sparse=False"
+            )
+        names, choices = [], []
+        for parameter in parameters:
+            _, given, name = self._named(parameter)
+            choice = choose(given, parameter, self._codec, self._codec_for)
+            self._check_residuals(name, parameter.numel(), choice)
+            names.append(name)
+            choices.append(choice)
+        return slots_of(bucket, names, choices)
+
+    def _named(self, parameter: torch.Tensor) -> tuple[torch.Tensor, str | None, str]:
+        if id(parameter) not in self._names:
+            self._names[id(parameter)] = (parameter, None, f"parameter.{self._unnamed}")
+            self._unnamed += 1
+        return self._names[id(parameter)]
+
+    def _check_residuals(self, name: str, numel: int, choice: Choice) -> None:
+        residuals = self._memory.get(name)
+        if residuals is None:
+            return
+        spelling = None if choice.codec is None else choice.codec.spelling
+        if residuals.numel != numel or residuals.codec != spelling:
+            raise ValueError(
+                f"the residuals of {name} are of {residuals.numel} elements in {residuals.codec}, but the parameter "
+                f"has {numel} in {spelling or 'no codec'}: load the state of the same model and codecs"
+            )
+
+    def _retire(self, names: set[str]) -> None:
+        """Drops plans of buckets that DDP has rebuilt: those that share a parameter with a new one."""
+        for index, plan in list(self._plans.items()):
+            if any(slot.name in names for slot in plan.slots):
+                self._retired.add(self._plans.pop(index).count)
+
+    # ---- the same on all ranks --------------------------------------------------------------------------------------
+
+    def agree(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Compares the configuration for these parameters over the group.
+
+        Raises:
+            RuntimeError: On every rank, if they do not agree; the message says which rank had what.
+        """
+        group = self._group()
+        if group.size() == 1 or not parameters:
+            return
+        channel = channel_of(group, parameters[0].device)
+
+        def describe() -> list[str]:
+            lines = []
+            for parameter in parameters:
+                _, given, name = self._named(parameter)
+                choice = choose(given, parameter, self._codec, self._codec_for)
+                lines.append(f"{name}: {parameter.dtype}, {self._line(parameter.numel(), choice)}")
+            return lines
+
+        agree(channel, self._header(), refusing(channel, describe), self._retired)
+
+    def _header(self) -> str:
+        return (
+            f"smallreduce.ddp: codec {self._codec}, feedback {self._feedback}, seed {self._seed}, warmup_steps "
+            f"{self._warmup_steps}, find_unused_parameters {self._find_unused}, scaler {self._scaler is not None}"
+        )
+
+    @staticmethod
+    def _line(numel: int, choice: Choice) -> str:
+        return f"{numel} elements in {choice.codec or 'no codec'}"
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, to be given back to the same rank of a group of the same size.
+
+        With a scaler, call it after ``scaler.update()``. The tensors are copies on the CPU. Server residuals are in the
+        domain in which the codec adds, so that what is loaded is bit for bit what was saved.
+
+        Returns:
+            A dict of plain types and tensors that ``torch.load(weights_only=True)`` takes.
+        """
+        self._follow_scaler()
+        group = self._group()
+        return {
+            "format": _FORMAT,
+            "rank": group.rank(),
+            "world_size": group.size(),
+            "step": self.step,
+            "seed": self._seed,
+            "loss_scale": self._scale,
+            "parameters": {name: residuals.state_dict() for name, residuals in self._memory.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; every rank calls it, between the same two steps.
+
+        The next steps are those that followed the saving, bit for bit, if DDP's buckets are the same: a new process
+        begins with DDP's first buckets, whose rounding differs from that of rebuilt ones.
+
+        Raises:
+            ValueError: The state is of another rank, world size, model, or codec. A HookState without ``module`` finds
+                the latter two out at its next step.
+        """
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(f"not a state of smallreduce.ddp in format {_FORMAT}, got {state_dict.get('format')!r}")
+        group = self._group()
+        mine, theirs = (group.rank(), group.size()), (state_dict["rank"], state_dict["world_size"])
+        if mine != theirs:
+            raise ValueError(
+                f"this state belongs to rank {theirs[0]} of {theirs[1]}, not to rank {mine[0]} of {mine[1]}: save and "
+                "load one for each rank, in a group of the same size"
+            )
+        memory = {name: Residuals.from_state_dict(state) for name, state in state_dict["parameters"].items()}
+        if memory and not self._feedback:
+            raise ValueError("this state has residuals, but feedback is off")
+        previous, self._memory = self._memory, memory
+        try:
+            self._check_names()
+        except ValueError:
+            self._memory = previous
+            raise
+        self.step = int(state_dict["step"])
+        self._seed = int(state_dict["seed"])
+        self._scale = state_dict["loss_scale"]
+        self._last_index = None
+        self._retire({slot.name for plan in self._plans.values() for slot in plan.slots})
+
+    def _check_names(self) -> None:
+        named = {name: p for p, given, name in self._names.values() if given is not None}
+        if not named:
+            return
+        if unknown := sorted(self._memory.keys() - named.keys()):
+            raise ValueError(f"this state has residuals of {', '.join(unknown)}, which the model does not have")
+        for name in self._memory:
+            parameter = named[name]
+            self._check_residuals(name, parameter.numel(), choose(name, parameter, self._codec, self._codec_for))
+
+    # ---- figures ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """What was sent and lost so far on this rank. Waits for nothing; call it between steps."""
+        total = Count()
+        total.add(self._retired)
+        buckets, bypassed = [], []
+        for _, plan in sorted(self._plans.items()):
+            total.add(plan.count)
+            buckets.append(plan.stats())
+            bypassed += [
+                Bypassed(slot.name, slot.numel, "world size 1" if self._alone() else slot.choice.reason)
+                for slot in plan.exact
+            ]
+        return Stats(
+            world_size=self._group().size(),
+            steps=self.step,
+            uncompressed_steps=self._uncompressed_steps,
+            calls=self.calls,
+            buckets=tuple(buckets),
+            bypassed=tuple(bypassed),
+            collectives=total.collectives,
+            bytes_sent=total.bytes_sent,
+            uncompressed_bytes=total.uncompressed_bytes,
+        )
+
+    def _alone(self) -> bool:
+        return self._group().size() == 1
