@@ -8,6 +8,7 @@ their first stages end. :class:`ThreadedChannel` (gloo, and any other backend fo
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import weakref
@@ -143,6 +144,7 @@ class ThreadedChannel(Channel):
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
+        _open_channels.add(self)
 
     @property
     def first(self) -> dist.ProcessGroup:
@@ -218,10 +220,15 @@ class ThreadedChannel(Channel):
             work.complete()
 
     def close(self) -> None:
+        _open_channels.discard(self)
         self._reducer.shutdown()
         self._finisher.shutdown()
+        self._failure = RuntimeError("its channel was shut down")
         for group in (self.first, self.second):
-            dist.destroy_process_group(group)
+            if group in c10d._world.pg_map:  # else destroyed with the default group
+                dist.destroy_process_group(group)
+        # gloo's threads end with the last reference to their group.
+        del self._first, self._second, group
 
 
 class StreamChannel(Channel):
@@ -299,6 +306,7 @@ def _clone(group: dist.ProcessGroup, stage: str) -> dist.ProcessGroup:
 # Weak keys: a channel does not keep its group alive, and goes with it.
 _channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Channel]] = weakref.WeakKeyDictionary()
 _generations: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_open_channels: weakref.WeakSet[ThreadedChannel] = weakref.WeakSet()
 
 
 def channel_of(group: dist.ProcessGroup | None, device: torch.device) -> Channel:
@@ -334,6 +342,14 @@ def _open(group: dist.ProcessGroup, device: torch.device) -> Channel:
         f"{'the nccl backend for cuda' if device.type == 'cuda' else 'a backend for cpu, such as gloo'}; "
         f"this group has {dist.get_backend_config(group)}"
     )
+
+
+# gloo's threads give Python's tensors back, for which they need the interpreter lock: one that comes late, when the
+# interpreter is gone, aborts the process. So they end first.
+@atexit.register
+def _close_all() -> None:
+    for channel in list(_open_channels):
+        channel.close()
 
 
 def shutdown(group: dist.ProcessGroup | None = None) -> None:
