@@ -140,7 +140,7 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
 
     for number in range(args.steps):
         for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(number, args.lr)
+            parameters["lr"] = learning_rate(number, args.steps, args.lr)
         batch = next(sampler)
         metrics.reset()
         backward_seconds = backward(*batch)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -16,21 +15,22 @@ from pathlib import Path
 import pytest
 
 import smallreduce
-from smallreduce import _C
 
 ROOT = Path(__file__).parents[1]
 backend = pytest.importorskip("scikit_build_core.build", reason="scikit-build-core is not installed")
 
 
 def build(hook: str, folder: Path, settings: dict[str, str]) -> Path:
-    """Call a hook of the build backend as pip does: in a process of its own, in the root of the sources."""
+    """Calls a hook of the build backend as pip does: in a process of its own, in the root of the sources."""
     program = (
         "import sys; from scikit_build_core import build; "
         f"print('built:' + build.{hook}(sys.argv[1], dict(item.split('=', 1) for item in sys.argv[2:])))"
     )
     arguments = [f"{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-c", program, str(folder), *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    # Unless make says otherwise, without CUDA, for the time it takes; nothing here depends on it.
+    environment = {"CMAKE_ARGS": "-DSMALLREDUCE_CUDA=OFF", **os.environ}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return folder / finished.stdout.rpartition("built:")[2].strip()
 
@@ -38,9 +38,9 @@ def build(hook: str, folder: Path, settings: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    # Without CUDA, for the time it takes; nothing of this depends on it.
-    settings = {"cmake.define.SMALLREDUCE_CUDA": "OFF", "build-dir": str(folder / "build")}
-    return zipfile.ZipFile(build("build_wheel", folder, settings))
+    # What make has compiled for its environment is not compiled again.
+    compiled = ROOT / "build" / "install" if Path(sys.prefix) == ROOT / ".venv" else folder / "build"
+    return zipfile.ZipFile(build("build_wheel", folder, {"build-dir": str(compiled)}))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_installed_package_imports_by_itself(wheel: zipfile.ZipFile, tmp_path: P
     wheel.extractall(tmp_path / "site")
     program = (
         "import sys, torch; sys.path.insert(0, 'site'); import smallreduce as sr; "
-        "assert 'site' in sr.__file__, sr.__file__; assert sr.build_info()['cuda'] is None; "
+        "assert 'site' in sr.__file__, sr.__file__; sr.build_info(); "
         "x = torch.ones(1000); "
         "assert torch.equal(sr.decode(sr.encode(x, 'sign'), 'sign', numel=1000, dtype=x.dtype), x)"
     )
@@ -86,7 +86,7 @@ def test_installed_package_imports_by_itself(wheel: zipfile.ZipFile, tmp_path: P
 def test_native_module_links_to_nothing_of_torch(wheel: zipfile.ZipFile) -> None:
     [native] = [name for name in wheel.namelist() if name.endswith(".so")]
     module = wheel.read(native)
-    for library in (b"libtorch", b"libc10", b"libcudart", b"libgomp"):
+    for library in (b"libtorch", b"libc10", b"libgomp"):
         assert library not in module
 
 
@@ -104,22 +104,3 @@ def test_version_is_written_once() -> None:
     assert [str(path.relative_to(ROOT)) for path in places if version.search(path.read_text())] == [
         "python/smallreduce/__init__.py"
     ]
-
-
-def arity(function: Callable[..., object]) -> int:
-    """pybind11 writes a function's signature into the first line of its docstring."""
-    assert function.__doc__
-    return len(re.findall(r"arg\d+: ", function.__doc__.splitlines()[0]))
-
-
-def test_stub_describes_the_native_module() -> None:
-    stub = ast.parse((ROOT / "python" / "smallreduce" / "_C.pyi").read_text())
-    described = {node.name: len(node.args.posonlyargs) for node in stub.body if isinstance(node, ast.FunctionDef)}
-    if not _C.cuda_runtime_version():
-        described = {name: count for name, count in described.items() if not is_cuda_kernel(name)}
-    functions = {name: value for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
-    assert described == {name: arity(function) for name, function in functions.items()}
-
-
-def is_cuda_kernel(name: str) -> bool:
-    return name.startswith("cuda_") and name != "cuda_runtime_version"
