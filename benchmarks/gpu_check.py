@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_check.py [--report FOLDER]
 
-Builds the native module in place for the GPU at hand, runs the tests on CUDA, runs the kernel tests again under each
-tool of compute-sanitizer where there is one, and measures the kernels. Needs nvcc, CMake, and of Python packages torch,
-pybind11, numpy and pytest. What it found goes into one folder (``gpu-check-report``, or the one that $OUT names):
-``report.md``, ``report.json``, ``kernels.json`` and ``log.txt``. Exits with 1 if a stage failed.
+Builds the native module in place for the GPU at hand, runs the tests on CUDA, measures the kernels, and runs the kernel
+tests again under each tool of compute-sanitizer where there is one. Needs nvcc, CMake, and of Python packages torch,
+pybind11, numpy, pytest, pytest-timeout and what else the tests import. What it found goes into one folder
+(``gpu-check-report``, or the one that $OUT names): ``report.md``, ``report.json``, ``kernels.json`` and ``log.txt``.
+Exits with 1 if a stage failed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Stage:
 
 
 def run(name: str, command: Sequence[str], limit_s: float, report: Path, **environment: str) -> Stage:
-    """Run one stage from the root of the repository, at most ``limit_s`` seconds; its output goes into ``log.txt``."""
+    """Run one stage from the root of the repository, at most ``limit_s`` seconds; its output goes into ``log.txt``.
+
+    A run of pytest in which no test passed has failed: all of them were skipped.
+    """
     print(f"== {name}: {' '.join(command)}", flush=True)
     log = report / "log.txt"
     start = time.perf_counter()
@@ -71,6 +75,8 @@ def run(name: str, command: Sequence[str], limit_s: float, report: Path, **envir
             outcome = "timed out"
     text = log.read_bytes()[start_of_output:].decode(errors="replace")
     last_line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    if "pytest" in command and outcome == "passed" and " passed" not in last_line:
+        outcome = "failed"
     stage = Stage(name, " ".join(command), outcome, time.perf_counter() - start, last_line)
     print(f"   {outcome} after {stage.seconds:.0f} s: {last_line}", flush=True)
     return stage
@@ -137,7 +143,7 @@ def stages(report: Path) -> list[Stage]:
 def markdown(machine: dict[str, str], done: list[Stage]) -> str:
     lines = ["# gpu-check", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += ["| stage | outcome | seconds | last line |", "|---|---|---|---|"]
-    lines += [f"| {stage.name} | {stage.outcome} | {stage.seconds:.0f} | `{stage.last_line}` |" for stage in done]
+    lines += [f"| {stage.name} | {stage.outcome} | {stage.seconds:.0f} | `{stage.last_line[:160]}` |" for stage in done]
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 31, 32, 33, 127, 128, 129, 1025, 5000]
 
 
-@pytest.mark.parametrize(("codec", "spelling"), zip(CODECS, SPELLINGS, strict=True), ids=SPELLINGS)
+@pytest.mark.parametrize(("codec", "spelling"), list(zip(CODECS, SPELLINGS, strict=True)), ids=SPELLINGS)
 def test_spelling(codec: sr.Codec, spelling: str) -> None:
     assert str(codec) == spelling
     assert sr.codec(spelling) == codec

@@ -24,8 +24,8 @@ py::bytes as_bytes(const std::vector<Row>& rows) {
 py::tuple py_build_layout(const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths,
                           const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count, int kind,
                           int64_t group, bool hadamard, int element_type) {
-  LayoutTables tables = build_layout(offsets, lengths, packet_of, packet_count, format(kind, group, hadamard, false),
-                                     type(element_type));
+  LayoutTables tables =
+      build_layout(offsets, lengths, packet_of, packet_count, format(kind, group, hadamard, false), type(element_type));
   return py::make_tuple(as_bytes(tables.segments), as_bytes(tables.packets));
 }
 
@@ -59,11 +59,11 @@ void cpu_reduce_encode(uintptr_t input, int64_t stride, int64_t ranks, float fac
                        int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
                        bool hadamard, bool stochastic, uintptr_t residual, uint64_t seed, uint64_t step, uintptr_t out,
                        int element_type, int threads) {
-  cpu::reduce_encode({pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
-                      single_packet_layout(segments, segment_count, packets, packet_count),
-                      format(kind, group, hadamard, stochastic), pointer<float>(residual), seed, step,
-                      pointer<uint8_t>(out)},
-                     type(element_type), threads);
+  cpu::reduce_encode(
+      {pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
+       single_packet_layout(segments, segment_count, packets, packet_count), format(kind, group, hadamard, stochastic),
+       pointer<float>(residual), seed, step, pointer<uint8_t>(out)},
+      type(element_type), threads);
 }
 
 }  // namespace

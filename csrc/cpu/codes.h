@@ -28,9 +28,7 @@ struct IntCodes {
     return codes > 2 * kZero - 1 ? IntVector{} + (2 * kZero - 1) : codes;
   }
 
-  SR_FN FloatVector offset_of(UIntVector random) {
-    return FloatVector(rounding_offset_bits<kBits>(random));
-  }
+  SR_FN FloatVector offset_of(UIntVector random) { return FloatVector(rounding_offset_bits<kBits>(random)); }
 
   template <bool kStochastic>
   SR_FN void encode(const float* __restrict values, float inverse, RandomKey key, uint32_t origin,

@@ -192,7 +192,8 @@ SR_FN void encode_scaled_group(const Source& source, const GroupCodes<uint8_t>& 
     }
     if (!source.residual || !finite) continue;
     float decoded[kTile];
-    for (int64_t b = 0; b < blocks; ++b) Codes<kKind>::decode(codes + b * block_bytes(kKind), value, decoded + b * kBlock);
+    for (int64_t b = 0; b < blocks; ++b)
+      Codes<kKind>::decode(codes + b * block_bytes(kKind), value, decoded + b * kBlock);
     source.keep_residual(begin, count, scale.limit, tile, decoded);
   }
 }

@@ -123,7 +123,8 @@ void reduce_encode(const ReduceEncodeArgs& args, int64_t begin, int64_t end) {
 }
 
 template <typename Buffer>
-SR_FN void store(const float* __restrict tile, int64_t count, bool stream, typename Buffer::Storage* __restrict output) {
+SR_FN void store(const float* __restrict tile, int64_t count, bool stream,
+                 typename Buffer::Storage* __restrict output) {
   if constexpr (sizeof(typename Buffer::Storage) == sizeof(float)) {
     if (stream) {
       int64_t whole = count / kBlock;
@@ -186,8 +187,8 @@ void for_kind(Kind kind, Args&&... args) {
   }
 }
 
-#define SR_FOR_BUFFER(KERNEL)                                          \
-  switch (args.type) {                                                 \
+#define SR_FOR_BUFFER(KERNEL)                                                            \
+  switch (args.type) {                                                                   \
     case ElementType::kFloat32: return KERNEL<kKind, Float32Buffer>(args, begin, end);   \
     case ElementType::kBFloat16: return KERNEL<kKind, BFloat16Buffer>(args, begin, end); \
     case ElementType::kFloat16: return KERNEL<kKind, Float16Buffer>(args, begin, end);   \

@@ -40,8 +40,8 @@ void check(const std::vector<int64_t>& offsets, const std::vector<int64_t>& leng
 }  // namespace
 
 LayoutTables build_layout(const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths,
-                          const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count, const Format& format,
-                          ElementType type) {
+                          const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count,
+                          const Format& format, ElementType type) {
   check(offsets, lengths, packet_of, packet_count, format);
   int64_t total_groups = 0;
   for (int64_t length : lengths) total_groups += ceil_div(length, format.group);

@@ -51,9 +51,7 @@ SR_FN int32_t int_code(float value, float inverse, float offset) {
   return code > largest ? largest : code;
 }
 
-struct RandomKey {
-  uint32_t low, high;
-};
+struct RandomKey { uint32_t low, high; };
 
 SR_FN RandomKey random_key(uint64_t seed, uint64_t step) {
   uint64_t key = mix64(seed ^ mix64(step));
