@@ -25,8 +25,8 @@ from smallreduce.collectives._work import Work
 __all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
 
 # Bytes of codes in a chunk, of all ranks' packets together. A chunk costs each rank about half a millisecond of
-# processor time in Python and gloo, so that a small tensor is not cut; several in flight keep a slow link busy while the
-# kernels run, the more the better up to about eight of 1 MiB.
+# processor time in Python and gloo, so that a small tensor is not cut; several in flight keep a slow link busy while
+# the kernels run, the more the better up to about eight of 1 MiB.
 SMALL_CHUNK_NBYTES = 1 << 19
 CHUNK_NBYTES = 1 << 20
 FEW_CHUNKS = 4
