@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 import smallreduce as sr
 from ranks import outcomes, run
+from smallreduce.collectives import AllReduce, _call, channel_of
+from smallreduce.collectives._agreement import Agreement
 
 # ---- one process ---------------------------------------------------------------------------------------------------
 
@@ -44,6 +47,34 @@ def test_encode_refuses_an_out() -> None:
     ):
         with pytest.raises(error, match=message):
             sr.encode(x, "int4", out=out)
+
+
+def test_wrong_types() -> None:
+    x = torch.zeros(100)
+    packet = sr.encode(x, "int4")
+    with pytest.raises(TypeError, match="out must be a tensor, got list"):
+        sr.encode(x, "int4", out=[1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"seed must be an int, got float"):
+        sr.encode(x, "int4", seed=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="out must be a tensor, got list"):
+        sr.decode(packet, "int4", 100, torch.float32, out=[1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="numel must be an int, got float"):
+        sr.decode(packet, "int4", 100.0, torch.float32)  # type: ignore[arg-type]
+
+
+def test_what_autograd_needs_is_not_overwritten() -> None:
+    packet = sr.encode(torch.ones(64), "int8")
+    leaf = torch.zeros(64, requires_grad=True)
+    with pytest.raises(ValueError, match="output requires grad"):
+        sr.decode(packet, "int8", 64, torch.float32, out=leaf)
+    with torch.no_grad():
+        sr.decode(packet, "int8", 64, torch.float32, out=leaf)
+    saved = leaf.detach().clone()
+    (leaf * saved).sum().backward()
+    loss = (leaf * saved).sum()
+    sr.decode(packet, "int8", 64, torch.float32, out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def _guarded(numel: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +151,9 @@ MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: sr.all_reduce(_ten(), "int4", op="sum"), TypeError, "got str"),  # type: ignore[arg-type]
     (lambda: sr.all_reduce(_ten(), "int4", seed=1.5), TypeError, "got float"),  # type: ignore[arg-type]
     (lambda: sr.all_reduce(_ten(), "int4", feedback={}), TypeError, "got dict"),  # type: ignore[arg-type]
+    (lambda: sr.all_reduce(torch.ones(1).expand(10), "int4"), ValueError, "x has elements that share memory"),
+    (lambda: sr.all_reduce(torch.ones(1).expand(10), None), ValueError, "x has elements that share memory"),
+    (lambda: sr.all_gather(torch.ones(1).expand(20), _ten(), "int4"), ValueError, "out has elements that share memory"),
     (lambda: sr.reduce_scatter(torch.empty(5), torch.ones(11), "int4"), ValueError, "multiple of 2 elements"),
     (lambda: sr.reduce_scatter(torch.empty(6), _ten(), "int4"), ValueError, "out must have 5 elements"),
     (lambda: sr.reduce_scatter(torch.empty(5).half(), _ten(), "int4"), TypeError, "out must be of torch.float32"),
@@ -171,6 +205,13 @@ def _differences(rank: int, world: int) -> None:
         assert message in text.split("rank 1: ")[1].split(";")[0]
         assert "ranks 0, 2: all_reduce of 10 elements of torch.float32, AVG, codec int4" in text
         assert torch.equal(x, _ten())
+    # What would take the result is as it was, also where it is not contiguous.
+    out = torch.full((world * 10, 2), 7.0)
+    with pytest.raises(RuntimeError, match="do not agree"):
+        sr.all_gather(out[:, 0], _ten(), "int4" if rank else "int8")
+    with pytest.raises(RuntimeError, match="do not agree"):
+        sr.reduce_scatter(out[:10, 1], torch.ones(10 * world), "int4" if rank else "int8")
+    assert (out == 7.0).all()
     feedback = sr.ErrorFeedback()
     with pytest.raises(RuntimeError, match="do not agree"):
         sr.all_reduce(torch.randn(10 + rank), "int4", feedback=feedback)
@@ -184,6 +225,70 @@ def _differences(rank: int, world: int) -> None:
 
 def test_ranks_that_disagree_are_told_who_had_what() -> None:
     run(_differences, 3, group_timeout=10)
+
+
+def _fails_to_prepare(rank: int, world: int) -> None:
+    x = _ten()
+    if rank == 1:
+        with (
+            unittest.mock.patch.object(AllReduce, "__init__", side_effect=MemoryError("no memory")),
+            pytest.raises(MemoryError, match="no memory"),
+        ):
+            sr.all_reduce(x, "int4")
+    else:
+        with pytest.raises(RuntimeError, match="rank 1 refused: MemoryError: no memory"):
+            sr.all_reduce(x, "int4")
+    sr.all_reduce(x, "fp16")
+    assert torch.equal(x, _ten())
+
+
+def test_whatever_fails_before_the_call_is_told() -> None:
+    run(_fails_to_prepare, 2, group_timeout=10)
+
+
+def _fails_after_the_agreement(rank: int, world: int, where: type, method: str) -> None:
+    # The other ranks wait for what this one does not send: from here on, nothing may follow it.
+    x = _ten()
+    if rank == 1:
+        with (
+            unittest.mock.patch.object(where, method, side_effect=KeyboardInterrupt("Ctrl-C")),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            sr.all_reduce(x, "int4")
+        with pytest.raises(RuntimeError, match=r"failed \(Ctrl-C\).*out of step"):
+            sr.all_reduce(x, "int4")
+        dist.destroy_process_group()
+    else:
+        with pytest.raises(RuntimeError):
+            sr.all_reduce(x, "int4")
+
+
+@pytest.mark.parametrize(("where", "method"), [(Agreement, "_compare"), (AllReduce, "encode"), (AllReduce, "send")])
+def test_a_failure_after_the_agreement_closes_the_channel(where: type, method: str) -> None:
+    run(_fails_after_the_agreement, 2, where, method, group_timeout=3)
+
+
+def test_on_cuda_a_mistake_is_not_told() -> None:
+    # There the others do not wait for it: they are in the collective itself.
+    channel = unittest.mock.Mock(world_size=2, device=torch.device("cuda", 0))
+    with (
+        unittest.mock.patch.object(_call, "refuse", side_effect=AssertionError("told")),
+        pytest.raises(ValueError, match="mine"),
+        _call.refusing(channel),
+    ):
+        raise ValueError("mine")
+
+
+def _captured(rank: int, world: int) -> None:
+    with (
+        unittest.mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+    ):
+        channel_of(None, torch.device("cuda", 0))
+
+
+def test_no_collective_in_a_cuda_graph() -> None:
+    run(_captured, 1)
 
 
 # ---- a rank that dies ----------------------------------------------------------------------------------------------

@@ -112,6 +112,8 @@ def test_packet_size(codec: sr.Codec) -> None:
     assert abs(codec.packet_nbytes(numel) * 8 / numel - codec.bits_per_element) < 0.01
     with pytest.raises(ValueError, match="negative"):
         codec.packet_nbytes(-1)
+    with pytest.raises(TypeError, match="numel must be an int, got float"):
+        codec.packet_nbytes(33.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -140,6 +140,8 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "on cpu",
         {"operator": "encode", "packets": torch.zeros(2 * STRIDE, dtype=torch.uint8, device="meta")},
     ),
+    (ValueError, "stride must be positive", {"operator": "encode", "stride": -STRIDE}),
+    (ValueError, "stride must be positive", {"operator": "decode", "stride": 0}),
     (ValueError, "kind", {"operator": "encode", "kind": 7}),
     (ValueError, "group", {"operator": "encode", "group": 33}),
     (ValueError, "output must have at least", {"operator": "decode", "output": torch.zeros(10)}),
@@ -167,6 +169,41 @@ def test_wrong_arguments(error: type[Exception], message: str, changes: dict[str
 @pytest.mark.parametrize("name", NAMES)
 def test_right_arguments(name: str) -> None:
     _call(operator=name)
+
+
+def test_stride_shorter_than_the_packet() -> None:
+    # Refused before the kernel: on CUDA that could not see it.
+    packets = torch.zeros(2 * STRIDE, dtype=torch.uint8)
+    short = SHARD.stride - 16
+    with pytest.raises(ValueError, match=f"at least the packet's {SHARD.stride} bytes, got {short}"):
+        ops.reduce(packets, short, 2, 0.5, SHARD, torch.zeros(700))
+    with pytest.raises(ValueError, match=f"at least the packet's {SHARD.stride} bytes, got {short}"):
+        ops.reduce_encode(packets, short, 2, 0.5, SHARD, torch.zeros(STRIDE, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_has_a_new_version(name: str) -> None:
+    operator = getattr(torch.ops.smallreduce, name).default
+    arguments = _arguments(name)
+    before = [arg._version if isinstance(arg, Tensor) else None for arg in arguments]
+    operator(*arguments)
+    after = [arg._version if isinstance(arg, Tensor) else None for arg in arguments]
+    for declared, old, new in zip(operator._schema.arguments, before, after, strict=True):
+        if old is not None:
+            assert (new != old) == (declared.alias_info is not None), declared.name
+
+
+def test_meta_tensors() -> None:
+    packet = sr.encode(torch.empty(100, device="meta"), "int4")
+    assert packet.numel() == sr.IntQuant(4).packet_nbytes(100)
+    assert sr.decode(packet, "int4", 100, torch.float32).shape == (100,)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.randn(100)
+        packet = sr.encode(x, "int8")
+    sr.decode(packet, "int8", 100, torch.float32, out=x)
 
 
 def test_layout_of_another_dtype() -> None:

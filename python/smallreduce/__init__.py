@@ -11,7 +11,7 @@ In use::
 from smallreduce import ddp, metrics
 from smallreduce._native import build_info
 from smallreduce.codecs import Cast, Codec, IntQuant, Sign, codec, decode, encode
-from smallreduce.collectives import Work, all_gather, all_reduce, reduce_scatter
+from smallreduce.collectives import Work, all_gather, all_reduce, reduce_scatter, shutdown
 from smallreduce.feedback import ErrorFeedback
 
 __version__ = "0.1.0.dev0"
@@ -32,4 +32,5 @@ __all__ = [
     "encode",
     "metrics",
     "reduce_scatter",
+    "shutdown",
 ]

@@ -7,6 +7,7 @@ docs/wire-formats.md.
 from __future__ import annotations
 
 import functools
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -25,6 +26,13 @@ _MAX_GROUP = 32 * 65535
 
 def _align16(nbytes: int) -> int:
     return -(-nbytes // 16) * 16
+
+
+def as_int(value: object, name: str) -> int:
+    """``value``, or TypeError unless it is an integer."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def _check_group(group: int) -> None:
@@ -59,6 +67,7 @@ class Codec(ABC):
 
     def packet_nbytes(self, numel: int) -> int:
         """Size in bytes of the packet of a flat tensor of ``numel`` elements."""
+        numel = as_int(numel, "numel")
         if numel < 0:
             raise ValueError(f"numel must not be negative, got {numel}")
         groups = 0 if isinstance(self, Cast) else -(-numel // self.format.group)
@@ -310,6 +319,9 @@ def encode(x: Tensor, codec: str | Codec | None, seed: int = 0, out: Tensor | No
         ValueError: Wrong sizes or devices, or an impossible codec.
     """
     check_elements(x, "x")
+    seed = as_int(seed, "seed")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     layout = _flat_layout(x.numel(), _codec_for(codec, x.dtype).format, x.dtype)
     nbytes = layout.stride
     if out is None:
@@ -344,8 +356,9 @@ def decode(
         raise TypeError(f"packet must be a tensor, got {type(packet).__name__}")
     if dtype not in ELEMENT_TYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, ELEMENT_TYPES))}, got {dtype}")
-    if isinstance(numel, bool) or not isinstance(numel, int):
-        raise TypeError(f"numel must be an int, got {type(numel).__name__}")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    numel = as_int(numel, "numel")
     if numel < 0:
         raise ValueError(f"numel must not be negative, got {numel}")
     chosen = _codec_for(codec, dtype)
@@ -358,7 +371,7 @@ def decode(
         out = torch.empty(numel, dtype=dtype, device=packet.device)
     elif out.dtype == dtype and out.numel() != numel:
         raise ValueError(f"out must have {numel} elements, got {out.numel()}")
-    if packet.device.type == "cpu":
+    if packet.device.type != "cuda":
         ops.decode(packet.contiguous(), layout, out)
         return out
     error = torch.zeros(1, dtype=torch.int32, device=packet.device)

@@ -7,34 +7,17 @@ that encodes (docs/wire-formats.md, section 10); here they are kept, rescaled, s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smallreduce._layout import BLOCK
-from smallreduce.codecs import Codec, codec
+from smallreduce.codecs import Codec, as_int, codec
 
-__all__ = ["ErrorFeedback", "Owner", "from_original_domain", "to_original_domain"]
-
-
-def _butterfly(x: Tensor) -> Tensor:
-    # T of docs/wire-formats.md, section 8, on every 32 elements.
-    for h in (1, 2, 4, 8, 16):
-        pairs = x.view(-1, BLOCK // (2 * h), 2, h)
-        a, b = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack((a + b, a - b), dim=2)
-    return x.reshape(-1)
-
-
-def to_original_domain(residual: Tensor, codec: Codec) -> Tensor:
-    """A server's residual (whole blocks), kept in the domain in which the codec adds, as error of the tensor itself."""
-    return _butterfly(residual * 2.0**-5) * 2.0**5 if codec.format.hadamard else residual.clone()
-
-
-def from_original_domain(residual: Tensor, codec: Codec) -> Tensor:
-    """The inverse of :func:`to_original_domain`."""
-    return _butterfly(residual * 2.0**-5) if codec.format.hadamard else residual.clone()
+__all__ = ["ErrorFeedback", "Owner"]
 
 
 class Owner(NamedTuple):
@@ -48,7 +31,18 @@ class Owner(NamedTuple):
     server_blocks: int
 
     def __str__(self) -> str:
-        return f"{self.codec}, {self.numel} elements, rank {self.rank} of {self.world_size}"
+        return (
+            f"{self.codec}, {self.numel} elements, rank {self.rank} of {self.world_size}, {self.chunks} "
+            f"chunk{'s' * (self.chunks != 1)}, {self.server_blocks} blocks of the server's"
+        )
+
+    @property
+    def worker_numel(self) -> int:
+        return BLOCK * -(-self.numel // BLOCK)
+
+    @property
+    def server_numel(self) -> int:
+        return BLOCK * self.server_blocks
 
 
 class ErrorFeedback:
@@ -60,12 +54,15 @@ class ErrorFeedback:
 
     Attributes:
         step: Collectives done so far, int. It enters the random bits, so that no two steps round alike, and is saved.
+        seed: That of the first collective, int; later ones that are given none take it. Saved too, so that a step can
+            be replayed bit for bit. None before the first use.
         worker: The worker's residual: fp32, flat, whole blocks of 32. None before the first use.
         server: The residual of this rank's shard of the result, in the domain in which the codec adds; likewise.
     """
 
     def __init__(self) -> None:
         self.step = 0
+        self.seed: int | None = None
         self.worker: Tensor | None = None
         self.server: Tensor | None = None
         self._owner: Owner | None = None
@@ -84,12 +81,17 @@ class ErrorFeedback:
                 "or reset() it"
             )
         if self.worker is None or self.server is None:
-            blocks = -(-owner.numel // BLOCK)
-            self.worker = torch.zeros(BLOCK * blocks, dtype=torch.float32, device=device)
-            self.server = torch.zeros(BLOCK * owner.server_blocks, dtype=torch.float32, device=device)
+            self.worker = torch.zeros(owner.worker_numel, dtype=torch.float32, device=device)
+            self.server = torch.zeros(owner.server_numel, dtype=torch.float32, device=device)
         elif self.worker.device != device:
             self.worker, self.server = self.worker.to(device), self.server.to(device)
         return self.worker, self.server
+
+    def advance(self, seed: int) -> None:
+        """Counts a collective that has begun under ``seed``."""
+        if self.seed is None:
+            self.seed = seed
+        self.step += 1
 
     def reset(self) -> None:
         """Forgets the residuals and what they belong to. ``step`` goes on, so that rounding stays fresh."""
@@ -105,54 +107,76 @@ class ErrorFeedback:
         """2-norm of the residuals of this rank, the worker's and the server's taken together; 0.0 before first use."""
         if self._owner is None or self.worker is None or self.server is None:
             return 0.0
-        server = to_original_domain(self.server, self._owner.codec)
-        return float(torch.hypot(self.worker.norm(), server.norm()))
+        # T of docs/wire-formats.md, section 8, times 2^-5 shortens a vector by sqrt(32).
+        factor = math.sqrt(BLOCK) if self._owner.codec.format.hadamard else 1.0
+        return math.hypot(float(self.worker.norm()), factor * float(self.server.norm()))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be given back to the same rank of a group of the same size.
 
-        The tensors are copies on the CPU; the server's residual is in the tensor's own domain, so that with
-        ``hadamard`` it comes back rounded to fp32 once more.
+        The tensors are copies on the CPU. The server's residual is in the domain in which the codec, which is saved
+        beside it, adds: what is loaded is bit for bit what was saved.
+
+        Returns:
+            A dict of plain types and tensors that ``torch.load(weights_only=True)`` takes.
         """
         owner = self._owner
         if owner is None or self.worker is None or self.server is None:
-            return {"step": self.step, "owner": None}
+            return {"step": self.step, "seed": self.seed, "owner": None}
         return {
             "step": self.step,
-            "owner": {
-                "codec": owner.codec.spelling,
-                "numel": owner.numel,
-                "rank": owner.rank,
-                "world_size": owner.world_size,
-                "chunks": owner.chunks,
-                "server_blocks": owner.server_blocks,
-            },
-            "worker": self.worker.cpu().clone(),
-            "server": to_original_domain(self.server, owner.codec).cpu(),
+            "seed": self.seed,
+            "owner": {**owner._asdict(), "codec": owner.codec.spelling},
+            "worker": self.worker.to("cpu", copy=True),
+            "server": self.server.to("cpu", copy=True),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: The state is of another rank, world size, codec or tensor than this object is bound to. An
-                object not yet bound finds out, and raises, in the first collective that it is given to.
+            ValueError: Not such a state, or one of another rank, world size, codec or tensor than this object is bound
+                to. An object not yet bound finds the latter out, and raises, in the first collective that it is given
+                to. Nothing has changed then.
+            TypeError: A value of another type.
         """
+        bound = {"worker", "server"} if state.get("owner") is not None else set()
+        _check_keys("the state", state, {"step", "seed", "owner"} | bound)
+        step = as_int(state["step"], "step")
+        seed = None if state["seed"] is None else as_int(state["seed"], "seed")
         if state["owner"] is None:
             self.reset()
-            self.step = int(state["step"])
+            self.step, self.seed = step, seed
             return
-        fields = dict(state["owner"])
-        fields["codec"] = codec(fields["codec"])
-        owner = Owner(**fields)
+        _check_keys("its owner", state["owner"], set(Owner._fields))
+        sizes = {name: as_int(state["owner"][name], name) for name in Owner._fields[1:]}
+        chosen = codec(state["owner"]["codec"])
+        if chosen is None:
+            raise ValueError("its owner must have a codec, got None")
+        owner = Owner(chosen, **sizes)
         if self._owner is not None and self._owner != owner:
             raise ValueError(
                 f"this state belongs to ({owner}), not to ({self._owner}); a state_dict() is of one rank, and is "
                 "loaded by that rank of a group of the same size"
             )
-        worker, server = state["worker"], state["server"]
+        worker = _checked(state["worker"], "worker", owner.worker_numel)
+        server = _checked(state["server"], "server", owner.server_numel)
         device = torch.device("cpu") if self.worker is None else self.worker.device
-        self.worker = worker.to(device=device, dtype=torch.float32, copy=True)
-        self.server = from_original_domain(server.to(device=device, dtype=torch.float32), owner.codec)
+        self.worker, self.server = worker.to(device, copy=True), server.to(device, copy=True)
         self._owner = owner
-        self.step = int(state["step"])
+        self.step, self.seed = step, seed
+
+
+def _check_keys(name: str, given: Mapping[str, Any], expected: set[str]) -> None:
+    if given.keys() != expected:
+        raise ValueError(f"{name} must have {', '.join(sorted(expected))}, got {', '.join(sorted(given)) or 'nothing'}")
+
+
+def _checked(tensor: object, name: str, numel: int) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.float32 or tensor.shape != (numel,):
+        raise ValueError(
+            f"{name} must be {numel} elements of torch.float32, got shape {tuple(tensor.shape)} of {tensor.dtype}"
+        )
+    return tensor

@@ -42,6 +42,12 @@ for _schema in _SCHEMAS:
 # ---- checks, the same for real and for fake tensors ----------------------------------------------------------------
 
 
+def _check_packets(packets: Tensor, name: str, stride: int, count: int, device: torch.device) -> None:
+    if stride <= 0:
+        raise ValueError(f"stride must be positive, got {stride}")
+    _check(packets, name, torch.uint8, count * stride, device)
+
+
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, numel: int, device: torch.device) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
@@ -100,7 +106,7 @@ def _check_encode(
     _check_elements(input, "input", extent, device)
     _check_layout(segments, table, device)
     _check_optional(residual, blocks, step, None, device)
-    _check(packets, "packets", torch.uint8, table.shape[0] * stride, device)
+    _check_packets(packets, "packets", stride, table.shape[0], device)
 
 
 def _check_decode(
@@ -116,7 +122,7 @@ def _check_decode(
     error: Tensor | None,
 ) -> None:
     device = packets.device
-    _check(packets, "packets", torch.uint8, table.shape[0] * stride, device)
+    _check_packets(packets, "packets", stride, table.shape[0], device)
     _check_layout(segments, table, device)
     _check_elements(output, "output", extent, device)
     _check_optional(None, 0, None, error, device)
@@ -137,7 +143,7 @@ def _check_reduce(
     error: Tensor | None,
 ) -> None:
     device = packets.device
-    _check(packets, "packets", torch.uint8, ranks * stride, device)
+    _check_packets(packets, "packets", stride, ranks, device)
     _check_layout(segments, table, device)
     _check_one_packet(table)
     _check_elements(output, "output", extent, device)
@@ -164,7 +170,7 @@ def _check_reduce_encode(
     error: Tensor | None,
 ) -> None:
     device = packets.device
-    _check(packets, "packets", torch.uint8, ranks * stride, device)
+    _check_packets(packets, "packets", stride, ranks, device)
     _check_layout(segments, table, device)
     _check_one_packet(table)
     _check_optional(residual, blocks, step, error, device)
@@ -312,9 +318,18 @@ def _reduce_encode(
 
 
 def _register(name: str, check: Callable[..., None], launch: Callable[..., None]) -> None:
+    schema = getattr(torch.ops.smallreduce, name).default._schema
+    writes = [a.name if a.alias_info is not None and a.alias_info.is_write else None for a in schema.arguments]
+
     def kernel(*args: Any) -> None:
         check(*args)
+        written = [(arg, of) for arg, of in zip(args, writes, strict=True) if of is not None and arg is not None]
+        for tensor, of in written:
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{of} requires grad, but cannot be differentiated; pass {of}.detach()")
         launch(*args)
+        # So that autograd notices where it has saved what is now overwritten. Inference tensors have no version.
+        torch.autograd.graph.increment_version([tensor for tensor, _ in written if not tensor.is_inference()])
 
     torch.library.register_fake(f"smallreduce::{name}", check, lib=_library)
     for device in ("CPU", "CUDA"):
@@ -334,6 +349,12 @@ def _signed(seed: int) -> int:
     # Operators take signed 64-bit integers; a seed is any 64 bits.
     seed &= _MASK
     return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _check_stride(stride: int, layout: Layout) -> None:
+    # The CUDA kernels cannot: the tables are on the device.
+    if stride < layout.stride:
+        raise ValueError(f"stride must be at least the packet's {layout.stride} bytes, got {stride}")
 
 
 def _check_dtype(tensor: Tensor, layout: Layout) -> None:
@@ -395,6 +416,7 @@ def reduce(
     """Decodes the packets of ``ranks`` ranks, ``stride`` bytes apart, all of the one packet of ``layout``; writes their
     sum in rank order times ``factor`` into the segments of ``output``."""
     _check_dtype(output, layout)
+    _check_stride(stride, layout)
     segments, table = layout.on(packets.device)
     kind, group, hadamard, _ = layout.format
     torch.ops.smallreduce.reduce(
@@ -419,6 +441,7 @@ def reduce_encode(
     ``residual`` is fp32 in the order of the packet's blocks (``32 * layout.blocks``), in the codec's domain. ``packet``
     has ``stride`` bytes, of which the first ``layout.nbytes[0]`` are written.
     """
+    _check_stride(stride, layout)
     segments, table = layout.on(packets.device)
     kind, group, hadamard, stochastic = layout.format
     torch.ops.smallreduce.reduce_encode(

@@ -14,6 +14,18 @@ from smallreduce.collectives._engine import chunk_count, stage_seed
 _SIXTEENTH = 1 / 16
 
 
+def to_original_domain(residual: Tensor, codec: sr.Codec) -> Tensor:
+    """A server's residual, kept in the domain in which the codec adds, as error of the tensor itself."""
+    if not codec.format.hadamard:
+        return residual
+    # T of docs/wire-formats.md, section 8, on every 32 elements: 2^5 T(e * 2^-5).
+    x = residual
+    for h in (1, 2, 4, 8, 16):
+        pairs = x.view(-1, 16 // h, 2, h)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
+    return x.reshape(-1)
+
+
 def inputs(numel: int, world: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """Each rank's input, a function of the rank alone."""
     generators = [torch.Generator().manual_seed(1000 * seed + rank) for rank in range(world)]
@@ -29,7 +41,7 @@ def dyadic(numel: int, rank: int, seed: int = 0) -> Tensor:
 def composed_all_reduce(everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
     """The all-reduce of every rank's flat tensor."""
     world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
-    chunks = chunk_count(numel, codec)
+    chunks = chunk_count(numel)
     layout = Layout.build([(0, numel)], codec.format, dtype, packets=chunks * world)
     stride = layout.stride
     sent = []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 import smallreduce as sr
 from collectives.compose import composed_all_reduce, inputs
@@ -56,7 +60,7 @@ def _several_chunks(rank: int, world: int) -> None:
     from smallreduce.collectives._engine import chunk_count
 
     codec = sr.IntQuant(4)
-    assert chunk_count(numel, codec) > 1
+    assert chunk_count(numel) > 1
     assert equal_bits(x, composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=3))
 
 
@@ -201,6 +205,26 @@ def _destroyed_and_made_again(rank: int, world: int, folder: str) -> None:
 
 def test_groups_come_and_go(tmp_path: object) -> None:
     run(_destroyed_and_made_again, 2, str(tmp_path))
+
+
+def _subgroup_leaves_nothing(rank: int, world: int) -> None:
+    sr.all_reduce(torch.ones(100), "fp16")
+    groups, threads = len(c10d._world.pg_map), threading.active_count()
+    group: dist.ProcessGroup | None = dist.new_group([0, 1])
+    sr.all_reduce(torch.ones(100), "fp16", group=group)
+    dist.destroy_process_group(group)
+    group = None
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "smallreduce-destroy":
+            thread.join()
+    assert len(c10d._world.pg_map) == groups
+    assert all(not thread.name.startswith("smallreduce") for thread in threading.enumerate()[threads:])
+    sr.all_reduce(torch.ones(100), "fp16")
+
+
+def test_a_destroyed_subgroup_leaves_no_groups_behind() -> None:
+    run(_subgroup_leaves_nothing, 2)
 
 
 def _outlier_errors(rank: int, world: int) -> dict[str, float]:

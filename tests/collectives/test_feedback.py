@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 
 import smallreduce as sr
-from collectives.compose import dyadic, inputs
+from collectives.compose import dyadic, inputs, to_original_domain
 from ranks import run
 from smallreduce._layout import BLOCK
 from smallreduce.collectives import AllReduce, channel_of
-from smallreduce.feedback import from_original_domain, to_original_domain
 
 _CPU = torch.device("cpu")
 
@@ -92,8 +91,8 @@ def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, An
     def advance(feedback: sr.ErrorFeedback, steps: range) -> torch.Tensor:
         results = []
         for step in steps:
-            x = dyadic(700, rank, seed=step)
-            sr.all_reduce(x, spelling, feedback=feedback, seed=11)
+            x = inputs(700, world, torch.float32, seed=step)[rank]
+            sr.all_reduce(x, spelling, feedback=feedback)
             results.append(x)
         return torch.stack(results)
 
@@ -103,6 +102,10 @@ def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, An
     second = sr.ErrorFeedback()
     second.load_state_dict(state)
     assert second.step == 5
+    assert second.server is not None
+    assert first.server is not None
+    assert torch.equal(second.server, first.server)
+    # No seed is given, and the group's counter is elsewhere for the second.
     assert torch.equal(advance(first, range(5, 8)), advance(second, range(5, 8)))
     # The state is a copy: what came after has not changed it.
     third = sr.ErrorFeedback()
@@ -116,6 +119,40 @@ def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, An
 @pytest.mark.parametrize("spelling", ["int4", "int4-hadamard"])
 def test_a_loaded_state_goes_on_bit_for_bit(spelling: str) -> None:
     run(_saved_and_loaded, 2, spelling)
+
+
+def _malformed(state: dict[str, Any]) -> list[tuple[dict[str, Any], type[Exception], str]]:
+    owner = state["owner"]
+    return [
+        ({}, ValueError, "must have owner, seed, step, got nothing"),
+        ({key: value for key, value in state.items() if key != "server"}, ValueError, "server, step, worker, got"),
+        ({**state, "more": 1}, ValueError, "got more"),
+        ({**state, "owner": {"codec": "int4"}}, ValueError, "chunks, codec, numel.*got codec"),
+        ({**state, "owner": {**owner, "numel": 64.0}}, TypeError, "numel must be an int, got float"),
+        ({**state, "step": "5"}, TypeError, "step must be an int, got str"),
+        ({**state, "worker": state["worker"][:-1]}, ValueError, "worker must be 704 elements of torch.float32"),
+        ({**state, "server": state["server"].half()}, ValueError, "server must be .* of torch.float16"),
+        ({**state, "worker": state["worker"].tolist()}, TypeError, "worker must be a tensor, got list"),
+    ]
+
+
+def _malformed_is_refused(rank: int, world: int) -> None:
+    feedback = sr.ErrorFeedback()
+    sr.all_reduce(inputs(700, world, torch.float32)[rank], "int4", feedback=feedback)
+    state = feedback.state_dict()
+    for loading in (feedback, sr.ErrorFeedback()):
+        before = loading.state_dict()
+        for wrong, error, message in _malformed(state):
+            with pytest.raises(error, match=message):
+                loading.load_state_dict(wrong)
+        after = loading.state_dict()
+        assert after["step"] == before["step"]
+        assert after["owner"] == before["owner"]
+        loading.load_state_dict(state)
+
+
+def test_a_malformed_state_is_refused() -> None:
+    run(_malformed_is_refused, 2)
 
 
 def _others_state(rank: int, world: int) -> None:
@@ -136,6 +173,9 @@ def _others_state(rank: int, world: int) -> None:
     larger = {**mine, "owner": {**mine["owner"], "world_size": 4}}
     with pytest.raises(ValueError, match=f"rank {rank} of 4"):
         feedback.load_state_dict(larger)
+    recut = {**mine, "owner": {**mine["owner"], "chunks": 3}}
+    with pytest.raises(ValueError, match=r"3 chunks.*not to .*1 chunk,"):
+        feedback.load_state_dict(recut)
     with pytest.raises(ValueError, match="100 elements"):
         sr.all_reduce(torch.ones(101), "int4", feedback=feedback)
     with pytest.raises(ValueError, match="int4"):
@@ -172,12 +212,16 @@ def test_scaling() -> None:
     run(_scaled, 2)
 
 
-def test_domains_are_each_others_inverse() -> None:
-    codec = sr.IntQuant(4, hadamard=True)
-    residual = dyadic(320, 0)
-    assert torch.equal(from_original_domain(to_original_domain(residual, codec), codec), residual)
-    assert torch.equal(to_original_domain(from_original_domain(residual, codec), codec), residual)
-    assert not torch.equal(to_original_domain(residual, codec), residual)
-    # The kernels' own transform: the first row of the matrix is all ones.
-    ones = torch.ones(32)
-    assert from_original_domain(ones, codec).tolist() == [1.0] + [0.0] * 31
+def _norm(rank: int, world: int) -> None:
+    feedback = sr.ErrorFeedback()
+    sr.all_reduce(inputs(1000, world, torch.float32)[rank], "int4-hadamard", feedback=feedback)
+    assert feedback.worker is not None
+    assert feedback.server is not None
+    server = to_original_domain(feedback.server, sr.IntQuant(4, hadamard=True)).double()
+    norm = torch.hypot(feedback.worker.double().norm(), server.norm()).item()
+    # fp32 norms of under 2048 elements each: relative errors of at most 2048 roundings of 2^-24.
+    assert abs(feedback.residual_norm() - norm) <= 2048 * 2.0**-24 * norm
+
+
+def test_the_norm_is_that_of_the_original_domain() -> None:
+    run(_norm, 2)

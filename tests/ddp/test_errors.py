@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer
 
 import smallreduce as sr
 from ddp.training import Given, loss_of, mlp, wrap
@@ -73,6 +77,16 @@ def _disagree(rank: int, world: int) -> None:
     # A rank whose rule fails tells the others, which do not wait for it.
     with pytest.raises(KeyError if rank == 0 else RuntimeError, match=r"no rule for 0\.weight"):
         sr.ddp.register(wrap(mlp()), "int4", codec_for=broken if rank == 0 else None)
+
+    # Nor where a bucket's plan fails, with whatever error.
+    ddp = wrap(mlp())
+    sr.ddp.register(ddp, "int4")
+    broken_plan = mock.patch("smallreduce.ddp._state.plan_bucket", side_effect=OverflowError("no plan"))
+    with (
+        broken_plan if rank == 0 else contextlib.nullcontext(),
+        pytest.raises(OverflowError if rank == 0 else RuntimeError, match="no plan"),
+    ):
+        loss_of(ddp, rank, 0).backward()
 
     # Through torch's pair the ranks meet in the first backward pass only.
     ddp = wrap(mlp())
@@ -147,6 +161,15 @@ def _notices(rank: int, world: int) -> None:
         ddp([torch.ones(4, 4)]).backward()
         optimizer.step()
     assert state.calls == 1
+
+
+def test_a_dropped_state_leaves_no_optimizer_hook() -> None:
+    before = list(optimizer._global_optimizer_pre_hooks)
+    state = sr.ddp.HookState("int4", module=mlp())
+    assert len(optimizer._global_optimizer_pre_hooks) == len(before) + 1
+    del state
+    gc.collect()
+    assert list(optimizer._global_optimizer_pre_hooks) == before
 
 
 def test_a_hook_that_is_never_called_is_noticed() -> None:

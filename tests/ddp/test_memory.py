@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from smallreduce import IntQuant
 from smallreduce.ddp import _memory
-from smallreduce.ddp._memory import Shard
+from smallreduce.ddp._memory import Residuals, Shard
 from smallreduce.ddp._policy import Choice, choose
 
 
@@ -42,6 +43,41 @@ def test_every_block_moves_once(seed: int) -> None:
         for block, source, target in moved:
             assert any(shard.owner == source and shard.begin <= block < shard.end for shard in before)
             assert any(shard.owner == target and shard.begin <= block < shard.end for shard in after)
+
+
+def test_saved_residuals_that_do_not_hold_together_are_refused() -> None:
+    """As saved by rank 1 of 2: 40 elements, whose blocks 0 and 1 lie on ranks 0 and 1."""
+    saved = {
+        "codec": "int4",
+        "numel": 40,
+        "worker": torch.ones(40),
+        "shards": [(0, 0, 1), (1, 1, 2)],
+        "server": [None, torch.ones(32)],
+    }
+    residuals = Residuals.from_state_dict("w", saved, 1, 2)
+    again = residuals.state_dict()
+    assert torch.equal(again["worker"], saved["worker"]) and torch.equal(again["server"][1], saved["server"][1])
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"numel": 41}, r"of w have a worker's of torch.float32 \[40\], expected torch.float32 \[41\]"),
+        ({"numel": 40.0}, "types .*float"),
+        ({"codec": None}, "types .*NoneType"),
+        ({"worker": torch.ones(40, dtype=torch.float64)}, r"float64 \[40\], expected torch.float32 \[40\]"),
+        ({"worker": torch.ones(1)}, r"\[1\], expected torch.float32 \[40\]"),
+        ({"worker": None}, r"NoneType, expected torch.float32 \[40\]"),
+        ({"shards": [(0, 0, 1)]}, r"begin at \[0, 2\], expected \[0, 1\]"),
+        ({"shards": [(0, 0, 1), (2, 1, 2)]}, "impossible shards.*owner=2"),
+        ({"shards": [(0, 0, 3), (1, 3, 1), (0, 1, 2)]}, "impossible shards.*begin=3, end=1"),
+        ({"shards": [(0, 0), (1, 1)]}, "no triples"),
+        ({"server": [None, torch.ones(31)]}, r"\[31\].*expected.*\[32\]"),
+        ({"server": [torch.ones(32), None]}, "a server's on rank 1"),
+        ({"server": [torch.ones(32)]}, "a server's on rank 1"),
+        ({"more": 0}, "keys.*more"),
+    ]
+    for change, match in wrong:
+        with pytest.raises(ValueError, match=match):
+            Residuals.from_state_dict("w", {**saved, **change}, 1, 2)
+    with pytest.raises(ValueError, match="keys"):
+        Residuals.from_state_dict("w", {"codec": "int4"}, 1, 2)
 
 
 def test_which_codec_a_parameter_takes() -> None:

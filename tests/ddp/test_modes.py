@@ -14,6 +14,7 @@ from torch import nn
 import smallreduce as sr
 from ddp.training import Given, batch, dyadic, equal, gradients, loss_of, mlp, same_on_all_ranks, wrap
 from ranks import run
+from smallreduce.collectives import shutdown
 
 
 def _train(ddp: nn.Module, rank: int, steps: int, lr: float = 0.1) -> list[float]:
@@ -234,6 +235,50 @@ def _odd_hooks(rank: int, world: int) -> None:
         assert set(names) == expected
         assert all((name in expected) == module for name in state.state_dict()["parameters"])
     dist.destroy_process_group(group)
+
+
+def _takes_from_ddp(rank: int, world: int) -> None:
+    """A state that is given the DDP module takes from it what must be the same."""
+    mine = [dist.new_group([member]) for member in range(world)][rank]
+    ddp = wrap(mlp(), process_group=mine, find_unused_parameters=True)
+    state = sr.ddp.HookState("int4", module=ddp)
+    ddp.register_comm_hook(state, sr.ddp.hook)
+    if rank == 0:  # alone in its group
+        _train(ddp, rank, 2)
+        assert state.stats().world_size == 1
+    assert state._find_unused and not sr.ddp.HookState("int4", module=wrap(mlp()))._find_unused
+    static = wrap(mlp(), find_unused_parameters=True, static_graph=True)
+    assert not sr.ddp.HookState("int4", module=static, find_unused_parameters=True)._find_unused
+
+    with pytest.raises(ValueError, match="process_group"):
+        sr.ddp.HookState("int4", module=ddp, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="find_unused_parameters is False, but True"):
+        sr.ddp.HookState("int4", module=ddp, find_unused_parameters=False)
+    sr.ddp.HookState("int4", module=ddp, process_group=mine, find_unused_parameters=True)
+
+
+def test_group_and_unused_parameters_are_those_of_ddp() -> None:
+    run(_takes_from_ddp, 2)
+
+
+def _shut_down(rank: int, world: int) -> None:
+    """The hook starts anew after shutdown(), and its residuals go on."""
+    ours, plain = (wrap(mlp(), bucket_cap_mb=0.004) for _ in range(2))
+    states = [sr.ddp.register(ddp, "int4") for ddp in (ours, plain)]
+    for step in range(5):
+        if step == 3:
+            shutdown()
+        for ddp in (ours, plain):
+            ddp.zero_grad()
+            loss_of(ddp, rank, step).backward()
+            if step == 3 and ddp is ours:
+                shutdown()
+        assert equal(gradients(ours), gradients(plain)), step
+    assert states[0].stats().calls == states[1].stats().calls > 5
+
+
+def test_training_goes_on_after_shutdown() -> None:
+    run(_shut_down, 2)
 
 
 def test_sizes_groups_and_names() -> None:

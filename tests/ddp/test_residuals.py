@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import smallreduce as sr
+from collectives.compose import to_original_domain
 from ddp.training import Given, dyadic, equal, gradients, loss_of, mlp, same_on_all_ranks, wrap
 from ranks import run
 from smallreduce.collectives import _engine
-from smallreduce.feedback import to_original_domain
 
 SHAPES = ((33, 9), (128, 5), (7, 1), (257, 3), (64, 64), (5, 30))
 # The last used is ready first: not the order in which DDP assumes it when it first makes its buckets.
@@ -50,8 +50,8 @@ def _given(**options: Any) -> DistributedDataParallel:
     return wrap(Given(SHAPES, USE), bucket_cap_mb=0.004, **options)
 
 
-def _telescopes(rank: int, world: int, codec: str, chunk_nbytes: int) -> None:
-    with unittest.mock.patch.object(_engine, "CHUNK_NBYTES", chunk_nbytes):
+def _telescopes(rank: int, world: int, codec: str, chunk_numel: int) -> None:
+    with unittest.mock.patch.object(_engine, "CHUNK_NUMEL", chunk_numel):
         _telescope(rank, world, codec)
 
 
@@ -88,11 +88,11 @@ def _telescope(rank: int, world: int, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["int4", "int2:rounding=nearest", "int4-hadamard", "fp8-e4m3"])
 def test_outputs_and_residuals_are_inputs(codec: str) -> None:
-    run(_telescopes, 2, codec, _engine.CHUNK_NBYTES)
+    run(_telescopes, 2, codec, _engine.CHUNK_NUMEL)
 
 
 def test_outputs_and_residuals_are_inputs_in_many_chunks() -> None:
-    run(_telescopes, 2, "int4:group=32", 500)
+    run(_telescopes, 2, "int4:group=32", 1000)
 
 
 def _unused(rank: int, world: int, view: bool) -> None:
@@ -196,6 +196,44 @@ def test_residuals_follow_the_loss_scale_and_skipped_steps_leave_them() -> None:
     run(_scaled, 2)
 
 
+def _cannot_skip(rank: int, world: int) -> None:
+    """Where a skipped step could not be undone, the hook says so instead of keeping what the others have dropped."""
+
+    def backward(ddp: DistributedDataParallel, scaler: torch.amp.GradScaler, step: int) -> None:
+        given = [dyadic(shape, step, rank, i) for i, shape in enumerate(SHAPES)]
+        scaler.scale(ddp(given)).backward()
+
+    def make(enabled: bool = True, **options: Any) -> tuple[DistributedDataParallel, torch.amp.GradScaler]:
+        ddp, scaler = wrap(Given(SHAPES)), torch.amp.GradScaler("cpu", enabled=enabled)
+        sr.ddp.register(ddp, "int4", scaler=scaler, **options)
+        return ddp, scaler
+
+    ddp, scaler = make()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for step in range(4):
+        with ddp.no_sync():
+            backward(ddp, scaler, step)
+        backward(ddp, scaler, step)
+        scaler.step(optimizer)
+        scaler.update()
+    backward(ddp, scaler, 4)
+    with pytest.raises(RuntimeError, match="no_sync"):
+        backward(ddp, scaler, 5)
+
+    for options in ({"enabled": False}, {"feedback": False}):
+        ddp, scaler = make(**options)
+        for step in range(3):
+            backward(ddp, scaler, step)
+
+    ddp, scaler = make()
+    with pytest.raises(RuntimeError, match="join"), ddp.join():
+        backward(ddp, scaler, 0)
+
+
+def test_what_a_skipped_step_could_not_undo_is_refused() -> None:
+    run(_cannot_skip, 2)
+
+
 def _replays(rank: int, world: int) -> None:
     ddp = wrap(mlp(), bucket_cap_mb=0.004)
     state = sr.ddp.register(ddp, "int4-hadamard", seed=7)
@@ -234,6 +272,11 @@ def _replays(rank: int, world: int) -> None:
         ({"rank": (rank + 1) % world}, "belongs to rank"),
         ({"world_size": world + 1}, "belongs to rank"),
         ({"format": 0}, "format"),
+        ({"seed": 8}, "seed 8, but this HookState has 7"),
+        ({"step": None}, r"state_dict\['step'\] must be of type int, got None"),
+        ({"loss_scale": "1"}, "loss_scale"),
+        ({"parameters": []}, "Mapping"),
+        ({"parameters": {"0.weight": {**saved["parameters"]["0.weight"], "worker": None}}}, "0.weight have a worker's"),
         ({"parameters": {"nobody": next(iter(saved["parameters"].values()))}}, "nobody"),
         ({"parameters": {"0.weight": saved["parameters"]["3.weight"]}}, "0.weight"),
     ):
@@ -241,9 +284,9 @@ def _replays(rank: int, world: int) -> None:
             state.load_state_dict({**saved, **change})
     assert _same(before["parameters"], state.state_dict()["parameters"])
     with pytest.raises(ValueError, match="feedback is off"):
-        sr.ddp.register(wrap(mlp()), "int4", feedback=False).load_state_dict(saved)
+        sr.ddp.register(wrap(mlp()), "int4", feedback=False, seed=7).load_state_dict(saved)
     with pytest.raises(ValueError, match="int8"):
-        sr.ddp.register(wrap(mlp()), "int8").load_state_dict(saved)
+        sr.ddp.register(wrap(mlp()), "int8", seed=7).load_state_dict(saved)
 
 
 def _same(ours: Any, theirs: Any) -> bool:

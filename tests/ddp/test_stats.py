@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from torch.nn.parallel import DistributedDataParallel
 
 import smallreduce as sr
-from ddp.training import loss_of, mlp, wrap
+from ddp.training import Given, dyadic, loss_of, mlp, wrap
 from ranks import run
 from smallreduce import metrics
 
@@ -57,6 +58,49 @@ def _counts(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_bytes_are_those_counted_at_the_process_group(world: int) -> None:
     run(_counts, world, backend=BACKEND)
+
+
+def _totals(rank: int, world: int) -> None:
+    """Totals survive DDP's rebuilding, also of a bucket whose index goes to wholly other parameters, and loading."""
+    shapes = ((20, 64), (40, 32))
+
+    def make() -> tuple[DistributedDataParallel, sr.ddp.HookState]:
+        # A bucket for each dtype, first in the reverse order of registration, and rebuilt in that of use.
+        model = Given(shapes, use=(0, 1))
+        model.weights[1].data = model.weights[1].data.bfloat16()
+        ddp = wrap(model)
+        return ddp, sr.ddp.register(ddp, "int4")
+
+    ddp, state = make()
+
+    def train(begin: int, end: int) -> sr.ddp.Stats:
+        for step in range(begin, end):
+            ddp([dyadic(shape, step, rank, i) for i, shape in enumerate(shapes)]).backward()
+        return state.stats()
+
+    at_first = train(0, 1)
+    metrics.reset()
+    nbytes = 4 * 20 * 64 + 2 * 40 * 32  # a ring of two ranks sends each byte once
+    for step in range(1, 4):
+        stats = train(step, step + 1)
+        assert stats.uncompressed_bytes == (step + 1) * nbytes
+    assert [bucket.dtype for bucket in stats.buckets] == [bucket.dtype for bucket in at_first.buckets][::-1]
+    assert 0 <= metrics.bytes_sent() - (stats.bytes_sent - at_first.bytes_sent) < 1000  # DDP's own exchange
+    assert stats.steps == 4
+
+    state.load_state_dict(state.state_dict())
+    assert (state.stats().bytes_sent, state.stats().calls) == (stats.bytes_sent, stats.calls)
+    saved = state.state_dict()
+    ddp, state = make()
+    state.load_state_dict(saved)
+    stats = train(4, 6)
+    # Figures are of this object, all of them; the step is that of the training.
+    assert (stats.steps, stats.calls, stats.uncompressed_bytes) == (2, 4, 2 * nbytes)
+    assert state.step == 6
+
+
+def test_totals_survive_rebuilding_and_start_anew_with_the_object() -> None:
+    run(_totals, 2, backend=BACKEND)
 
 
 def _figures(rank: int, world: int) -> None:

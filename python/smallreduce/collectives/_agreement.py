@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from smallreduce.collectives._channel import Channel
+from smallreduce.collectives._channel import Channel, Disagreement
 from smallreduce.collectives._compat import all_gather_single
 
 __all__ = ["Agreement", "agree", "refuse"]
@@ -35,7 +35,8 @@ class Agreement:
         self._text = text
         mine = torch.tensor([_REFUSED if refused else _digest(text)], device=channel.device)
         self._digests = torch.empty(channel.world_size, dtype=torch.int64, device=channel.device)
-        self._work = all_gather_single(self._digests, mine, channel.first)
+        with channel.in_step():
+            self._work = all_gather_single(self._digests, mine, channel.first)
 
     @staticmethod
     def nbytes(world_size: int) -> int:
@@ -46,13 +47,17 @@ class Agreement:
         """Waits for the other ranks.
 
         Raises:
-            RuntimeError: They do not agree, or one refused; the message says which rank had what.
+            Disagreement: They do not agree, or one refused; the message says which rank had what.
         """
         if problem := self.wait():
-            raise RuntimeError(problem)
+            raise Disagreement(problem)
 
     def wait(self) -> str | None:
         """Waits for the other ranks. Returns what is wrong, the same on all ranks, or None."""
+        with self._channel.in_step():
+            return self._compare()
+
+    def _compare(self) -> str | None:
         self._work.wait()
         digests = self._digests.tolist()
         if len(set(digests)) == 1:

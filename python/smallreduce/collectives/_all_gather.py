@@ -27,7 +27,7 @@ class AllGather(Engine):
 
     def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel, codec), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel), codec)
         chunks = len(spans)
         format = codec.format
         shard = Layout.build(spans, format, dtype, chunks, range(chunks))
@@ -75,7 +75,7 @@ class AllGather(Engine):
     def finish(self, chunk: int) -> None:
         # This rank's own part too, so that all ranks have the same bits. It has been read: all that is decoded here was
         # encoded before it was sent.
-        ops.decode(self._sent[chunk], self._layouts[chunk], self._output, self._error)
+        ops.decode(self._sent[chunk], self._layouts[chunk], self._output, self.channel.error)
 
     def done(self) -> None:
         del self._output, self._input
@@ -118,10 +118,11 @@ def all_gather(
         key = ("all_gather", chosen, x.numel(), x.dtype)
         if chosen is not None:
             engine = channel.borrow(key) or AllGather(x.numel(), chosen, x.dtype, channel)
-    target = out.detach()
-    flat = x.detach().contiguous().view(-1)
-    result = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-    result = result.view(-1)
+        target = out.detach()
+        flat = x.detach().contiguous().view(-1)
+        result = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        result = result.view(-1)
+        channel.use(target, flat, result)
 
     def copy_back() -> None:
         if result.data_ptr() != target.data_ptr():

@@ -29,7 +29,8 @@ def all_reduce(
 
     Every rank sends its own packets once and one reduced shard: of what torch's fp32 all-reduce sends, about
     ``codec.bits_per_element / 32``. Like every collective it is called by all ranks of the group in the same order.
-    With ``async_op`` it returns once all ranks have entered the call and this rank's tensor is encoded.
+    On CPU tensors the ranks compare their arguments first: also with ``async_op`` the call blocks until all ranks have
+    entered it. On CUDA tensors they do not, nothing blocks, and the call cannot be captured in a CUDA graph.
 
     Args:
         x: fp32, bf16 or fp16, of any shape (one that is not contiguous is copied, and back). With a codec of None, or
@@ -39,15 +40,17 @@ def all_reduce(
         group: None is the default group.
         feedback: Residuals of this tensor, updated; not used by torch's own all-reduce.
         async_op: Return a :class:`Work`, to be waited for before ``x`` is touched again.
-        seed: Any 64-bit integer, the same on all ranks; None takes the next of the group's counter, which starts at 0.
+        seed: Any 64-bit integer, the same on all ranks; None takes that of the feedback's first collective or, without
+            one, the next of the group's counter, which starts at 0.
 
     Returns:
         A Work with ``async_op``, otherwise None.
 
     Raises:
         TypeError: Wrong types or dtypes.
-        ValueError: Wrong sizes or devices, or an impossible codec.
-        RuntimeError: Another rank refused its arguments or had different ones (CPU), or the group failed.
+        ValueError: Wrong sizes or devices, an impossible codec, or elements of ``x`` that share memory.
+        RuntimeError: Another rank refused its arguments or had different ones (CPU), the group failed, or a CUDA graph
+            is being captured.
     """
     channel = _call.enter(group, x)
     world, counted = channel.world_size, next(channel.seeds)
@@ -57,7 +60,8 @@ def all_reduce(
         chosen = _call.parse(codec, x, "x", channel)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
-        base = _call.check_seed(seed, counted)
+        _call.check_written(x, "x")
+        base = _call.check_seed(seed, counted, feedback)
         if average and not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"an average needs a floating-point tensor, got {x.dtype}")
         if world == 1:
@@ -69,8 +73,9 @@ def all_reduce(
                 blocks = len(engine.server_origins)
                 owner = Owner(chosen, x.numel(), channel.rank, world, engine.chunks, blocks)
                 worker, server = feedback.bind(owner, channel.device)
-    target = x.detach()
-    flat = target.contiguous().view(-1)
+        target = x.detach()
+        flat = target.contiguous().view(-1)
+        channel.use(target, flat)
 
     def copy_back() -> None:
         if flat.data_ptr() != target.data_ptr():
@@ -92,7 +97,7 @@ def all_reduce(
         step = 0 if feedback is None else feedback.step
         work = engine.launch(flat, op, worker, server, base, 0, step, x, after, agreed)
         if feedback is not None:
-            feedback.step += 1
+            feedback.advance(base)
         return work
 
     text = f"all_reduce of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, codec {chosen}"

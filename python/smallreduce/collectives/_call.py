@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smallreduce.codecs import Cast, Codec, check_elements, codec
+from smallreduce.codecs import Cast, Codec, as_int, check_elements, codec
 from smallreduce.collectives._agreement import Agreement, refuse
 from smallreduce.collectives._channel import Channel, Stages, channel_of
 from smallreduce.collectives._work import Work
@@ -24,6 +23,7 @@ __all__ = [
     "check_op",
     "check_output",
     "check_seed",
+    "check_written",
     "enter",
     "own_group",
     "parse",
@@ -38,19 +38,24 @@ _OPS = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg"}
 def enter(group: dist.ProcessGroup | None, x: object) -> Channel:
     """The channel for a collective on ``x``. Where ``x`` is not a tensor that the group can take, the channel on which
     this rank can say so to the others."""
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    if device.type == "cuda":
-        return channel_of(group, device)
-    return channel_of(group, torch.device("cpu"))
+    on_cuda = isinstance(x, Tensor) and x.device.type == "cuda"
+    channel = channel_of(group, x.device if isinstance(x, Tensor) and on_cuda else torch.device("cpu"))
+    channel.check()
+    return channel
+
+
+def _agrees(channel: Channel) -> bool:
+    # On CUDA a comparison would stall the stream; a packet that does not fit is refused by the kernels.
+    return channel.world_size > 1 and channel.device.type == "cpu"
 
 
 @contextmanager
 def refusing(channel: Channel) -> Iterator[None]:
-    """An error about this rank's arguments is told to the other ranks, which wait for it, before it is raised."""
+    """An error of this rank alone is told to the other ranks, where they wait for it, before it is raised."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        if channel.world_size > 1:
+    except Exception as error:
+        if _agrees(channel):
             refuse(channel, error)
         raise
 
@@ -64,13 +69,10 @@ def check_op(op: object) -> str:
     raise ValueError(f"op must be ReduceOp.SUM or ReduceOp.AVG, got {op}")
 
 
-def check_seed(seed: object, default: int) -> int:
-    if seed is None:
-        return default
-    try:
-        return operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}") from None
+def check_seed(seed: object, counted: int, feedback: ErrorFeedback | None = None) -> int:
+    if seed is not None:
+        return as_int(seed, "seed")
+    return counted if feedback is None or feedback.seed is None else feedback.seed
 
 
 def check_feedback(feedback: object) -> None:
@@ -83,6 +85,11 @@ def check_device(x: Tensor, name: str, channel: Channel) -> None:
         raise ValueError(f"{name} must be on {channel.device}, got {x.device}")
 
 
+def check_written(x: Tensor, name: str) -> None:
+    if torch._debug_has_internal_overlap(x) == 1:
+        raise ValueError(f"{name} has elements that share memory (strides {x.stride()}); pass {name}.contiguous()")
+
+
 def check_output(out: object, x: Tensor, numel: int, channel: Channel) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
@@ -91,6 +98,7 @@ def check_output(out: object, x: Tensor, numel: int, channel: Channel) -> None:
         raise TypeError(f"out must be of {x.dtype} as x is, got {out.dtype}")
     if out.numel() != numel:
         raise ValueError(f"out must have {numel} elements for x of {x.numel()}, got {out.numel()}")
+    check_written(out, "out")
 
 
 def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -151,14 +159,14 @@ def run(
         start: Starts it; calls its argument, if there is one, before anything is sent, to learn that all ranks agree.
         overlap: Whether ``start`` may do its first encoding before that is known.
     """
-    channel.check()
-    if channel.device.type == "cpu":
-        agreement = Agreement(channel, text)
-        if not overlap:
-            agreement.check()
-        work = start(agreement.check if overlap else None)
+    if _agrees(channel):
+        with channel.in_step():
+            agreement = Agreement(channel, text)
+            if not overlap:
+                agreement.check()
+            work = start(agreement.check if overlap else None)
         work.bytes_sent += Agreement.nbytes(channel.world_size)
-    else:  # on CUDA a comparison would stall the stream; a packet that does not fit is refused by the kernels
+    else:
         work = start(None)
     if async_op:
         return work

@@ -14,8 +14,9 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,9 +26,13 @@ from torch.distributed import distributed_c10d as c10d
 
 from smallreduce.collectives._work import Work
 
-__all__ = ["Channel", "Stages", "channel_of", "shutdown"]
+__all__ = ["Channel", "Disagreement", "Stages", "channel_of", "shutdown"]
 
 _IDLE_KEPT = 4
+
+
+class Disagreement(RuntimeError):
+    """The ranks have found, together and before any data moved, that they cannot go on: they are still in step."""
 
 
 class Stages(ABC):
@@ -54,7 +59,7 @@ class Stages(ABC):
 
     @abstractmethod
     def done(self) -> None:
-        """Called once, after the last chunk has finished, or when nothing has been sent and nothing will be."""
+        """Called once, after the last chunk has finished."""
 
 
 class Channel(ABC):
@@ -65,14 +70,18 @@ class Channel(ABC):
         rank, world_size: In the group.
         first, second: Process groups for the stages' collectives.
         seeds: The group's counter for collectives that are given no seed.
+        error: On CUDA the word on the device (int32) in which kernels, which cannot raise, leave that they have refused
+            a packet. None on the CPU.
     """
 
     device: torch.device
+    error: Tensor | None = None
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.seeds = itertools.count()
+        self._failure: BaseException | None = None
         self._idle: OrderedDict[Hashable, list[Any]] = OrderedDict()
 
     @property
@@ -91,13 +100,29 @@ class Channel(ABC):
             agreed: Called after the first chunk is encoded and before anything is sent; what it raises is raised here.
         """
 
-    @abstractmethod
     def check(self) -> None:
         """Raises RuntimeError if an earlier failure has left the ranks of the group out of step."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an earlier compressed collective of this group failed ({self._failure}), so its ranks are out of "
+                "step; destroy the process group and make a new one"
+            ) from self._failure
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around what all ranks do together: whatever ends it on this rank, but for a :class:`Disagreement`, leaves the
+        ranks out of step."""
+        try:
+            yield
+        except Disagreement:
+            raise
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
 
     @abstractmethod
-    def use(self, *tensors: Tensor) -> None:
-        """Says that the next collective works on these tensors of the caller, who may let go of them at once."""
+    def use(self, *tensors: Tensor | None) -> None:
+        """Says that collectives work on these tensors, whose owner may let go of them at any time."""
 
     @abstractmethod
     def close(self) -> None:
@@ -138,21 +163,22 @@ class ThreadedChannel(Channel):
 
     def __init__(self, group: dist.ProcessGroup, generation: int) -> None:
         super().__init__(group.rank(), group.size())
-        self._first = _clone(group, f"first{generation}")
-        self._second = _clone(group, f"second{generation}")
+        self._clones = [_clone(group, f"{stage}{generation}") for stage in ("first", "second")]
+        # torch.distributed keeps every group that it knows of until it is destroyed.
+        self._abandoned = weakref.finalize(self, _destroy_elsewhere, self._clones)
+        self._abandoned.atexit = False  # _close_all comes first
         self._reducer = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-reducer")
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
-        self._failure: BaseException | None = None
         self._lock = threading.Lock()
         _open_channels.add(self)
 
     @property
     def first(self) -> dist.ProcessGroup:
-        return self._first
+        return self._clones[0]
 
     @property
     def second(self) -> dist.ProcessGroup:
-        return self._second
+        return self._clones[1]
 
     def borrow(self, key: Hashable) -> Any | None:
         with self._lock:
@@ -162,19 +188,11 @@ class ThreadedChannel(Channel):
         with self._lock:
             super().keep(key, engine)
 
-    def check(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(
-                f"an earlier compressed collective of this group failed ({self._failure}), so its ranks are out of "
-                "step; destroy the process group and make a new one"
-            ) from self._failure
-
-    def use(self, *tensors: Tensor) -> None:
+    def use(self, *tensors: Tensor | None) -> None:
         """The engine holds them for as long as it runs."""
 
     def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
-        chunk = 0
-        try:
+        with self.in_step():
             for chunk in range(stages.chunks):
                 stages.encode(chunk)
                 if chunk == 0 and agreed is not None:
@@ -182,22 +200,13 @@ class ThreadedChannel(Channel):
                 sent = stages.send(chunk)
                 turned = self._reducer.submit(self._turn, stages, chunk, sent)
                 self._finisher.submit(self._finish, stages, chunk, turned, work)
-        except BaseException as error:
-            if chunk == 0:
-                stages.done()
-            else:
-                self._failure = error
-            raise
 
     def _turn(self, stages: Stages, chunk: int, sent: dist.Work) -> dist.Work | None:
         # Once a stage has failed, the second stages of this rank are one short: none may follow.
         self.check()
-        try:
+        with self.in_step():
             sent.wait()
             return stages.turn(chunk)
-        except BaseException as error:
-            self._failure = error
-            raise
 
     def _finish(self, stages: Stages, chunk: int, turned: Future[dist.Work | None], work: Work) -> None:
         if work.is_completed():  # an earlier chunk has failed
@@ -224,11 +233,8 @@ class ThreadedChannel(Channel):
         self._reducer.shutdown()
         self._finisher.shutdown()
         self._failure = RuntimeError("its channel was shut down")
-        for group in (self.first, self.second):
-            if group in c10d._world.pg_map:  # else destroyed with the default group
-                dist.destroy_process_group(group)
-        # gloo's threads end with the last reference to their group.
-        del self._first, self._second, group
+        self._abandoned.detach()
+        _destroy(self._clones)
 
 
 class StreamChannel(Channel):
@@ -237,11 +243,16 @@ class StreamChannel(Channel):
     Nothing here waits on the host: the kernels, NCCL's work and the end of the collective are ordered by the stream.
     """
 
+    error: Tensor
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group.rank(), group.size())
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._group = weakref.ref(group)
+        with torch.cuda.stream(self._stream):
+            self.error = torch.zeros(1, dtype=torch.int32, device=device)
+        self._refused = torch.zeros(1, dtype=torch.int32).pin_memory()  # what it was after the last collective
 
     @property
     def first(self) -> dist.ProcessGroup:
@@ -253,15 +264,25 @@ class StreamChannel(Channel):
     second = first
 
     def check(self) -> None:
-        """NCCL reports its own failures."""
+        super().check()
+        _refuse_capture()
+        self._check_refused()
 
-    def use(self, *tensors: Tensor) -> None:
+    def _check_refused(self) -> None:
+        if packet := int(self._refused.item()):
+            raise RuntimeError(
+                f"packet {packet - 1} of an earlier compressed collective of this group was not of the expected codec "
+                "and size, so its result is wrong: the ranks did not call it with the same arguments"
+            )
+
+    def use(self, *tensors: Tensor | None) -> None:
         for tensor in tensors:
-            tensor.record_stream(self._stream)
+            if tensor is not None:
+                tensor.record_stream(self._stream)
 
     def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
+        with self.in_step(), torch.cuda.stream(self._stream):
             sent = []
             for chunk in range(stages.chunks):
                 stages.encode(chunk)
@@ -276,11 +297,22 @@ class StreamChannel(Channel):
                 if second is not None:
                     second.wait()
                 stages.finish(chunk)
+            self._refused.copy_(self.error, non_blocking=True)
             stages.done()
             work.complete()
 
     def close(self) -> None:
         self._stream.synchronize()
+        self._check_refused()
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "compressed collectives cannot be captured in a CUDA graph: every replay would round with the bits of the "
+            "captured step. Call them outside the graph; the operators of smallreduce.ops, which read the step from a "
+            "tensor, can be captured"
+        )
 
 
 def _clone(group: dist.ProcessGroup, stage: str) -> dist.ProcessGroup:
@@ -303,6 +335,22 @@ def _clone(group: dist.ProcessGroup, stage: str) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, clone)
 
 
+def _destroy(clones: list[dist.ProcessGroup]) -> None:
+    """Empties the list. gloo's threads end with the last reference to their group, which should be the list's."""
+    while clones:
+        group = clones.pop()
+        if group in c10d._world.pg_map:  # else destroyed with the default group
+            dist.destroy_process_group(group)
+        del group
+
+
+def _destroy_elsewhere(clones: list[dist.ProcessGroup]) -> None:
+    # A channel may be given up on one of gloo's own threads, by a callback there, and no thread can join itself.
+    mine = clones[:]
+    clones.clear()
+    threading.Thread(target=_destroy, args=(mine,), name="smallreduce-destroy").start()
+
+
 # Weak keys: a channel does not keep its group alive, and goes with it.
 _channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Channel]] = weakref.WeakKeyDictionary()
 _generations: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -316,7 +364,10 @@ def channel_of(group: dist.ProcessGroup | None, device: torch.device) -> Channel
 
     Raises:
         ValueError: This rank is not in the group, or the group has no suitable backend for the device.
+        RuntimeError: A CUDA graph is being captured.
     """
+    if device.type == "cuda":
+        _refuse_capture()
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
@@ -355,8 +406,11 @@ def _close_all() -> None:
 def shutdown(group: dist.ProcessGroup | None = None) -> None:
     """Waits for what is in flight on ``group`` (None: on all groups) and ends its threads and private clones.
 
-    Not needed before ``destroy_process_group`` of the default group, which takes the clones with it. All ranks of the
-    group call this; a later collective starts anew.
+    Not needed: they also end once the group is destroyed and nothing refers to it any more. All ranks of the group call
+    this; a later collective starts anew.
+
+    Raises:
+        RuntimeError: On CUDA, a packet was refused; see :meth:`Work.wait`.
     """
     for key in list(_channels) if group is None else [group]:
         for channel in _channels.pop(key, {}).values():

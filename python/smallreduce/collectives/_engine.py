@@ -24,18 +24,14 @@ from smallreduce.collectives._work import Work
 
 __all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
 
-# Bytes of codes in a chunk, of all ranks' packets together. A chunk costs each rank about half a millisecond of
-# processor time in Python and gloo, so that a small tensor is not cut; several in flight keep a slow link busy while
-# the kernels run, the more the better up to about eight of 1 MiB.
-SMALL_CHUNK_NBYTES = 1 << 19
-CHUNK_NBYTES = 1 << 20
-FEW_CHUNKS = 4
+# Elements of a chunk at the most. A chunk costs each rank about half a millisecond of processor time in Python and
+# gloo; several in flight keep a slow link busy while the kernels run.
+CHUNK_NUMEL = 1 << 21
 
 
-def chunk_count(numel: int, codec: Codec) -> int:
+def chunk_count(numel: int) -> int:
     """Into how many chunks a collective on ``numel`` elements is cut: the same on all ranks."""
-    nbytes = max(1, numel * codec.code_bits // 8)
-    return max(min(FEW_CHUNKS, -(-nbytes // SMALL_CHUNK_NBYTES)), -(-nbytes // CHUNK_NBYTES))
+    return max(1, -(-numel // CHUNK_NUMEL))
 
 
 def chunk_spans(numel: int, chunks: int, codec: Codec) -> list[tuple[int, int]]:
@@ -71,38 +67,32 @@ class Engine(Stages):
         self._sent = self._buffers(strides)
         self._busy = False
         self._after: Callable[[], None] | None = None
-        # CUDA kernels cannot raise: they leave the number of a packet that they refuse in a word on the device, which
-        # is copied to the host in the order of the stream, and looked at when the next call starts.
-        self._error: Tensor | None = None
-        self._refused = torch.zeros(1, dtype=torch.int32)
-        if channel.device.type == "cuda":
-            self._error = torch.zeros(1, dtype=torch.int32, device=channel.device)
-            self._refused = self._refused.pin_memory()
 
     def _buffers(self, strides: Sequence[int]) -> list[Tensor]:
         # Zeros, since a packet shorter than the stride leaves the rest as it is, and all of it travels.
         sizes = [self.channel.world_size * stride for stride in strides]
-        return list(torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device).split(sizes))
+        whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device)
+        self.channel.use(whole)
+        return list(whole.split(sizes))
 
-    def _claim(self, after: Callable[[], None] | None, *tensors: Tensor) -> None:
+    def _claim(self, after: Callable[[], None] | None, *tensors: Tensor | None) -> None:
         self.channel.check()
         if self._busy:
             raise RuntimeError(f"this engine's {self.name} is still in flight; wait for it before the next")
-        if packet := int(self._refused.item()):
-            raise RuntimeError(f"smallreduce.{self.name}: packet {packet - 1} was not of the expected codec and size")
         self.channel.use(*tensors)
         self._busy = True
         self._after = after
 
     def done(self) -> None:
-        if self._error is not None:
-            self._refused.copy_(self._error, non_blocking=True)
         after, self._after, self._busy = self._after, None, False
         if after is not None:
             after()
 
     def _step(self, step: int | Tensor) -> Tensor:
-        return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=self.channel.device)
+        if not isinstance(step, Tensor):
+            step = torch.full((), step, dtype=torch.int64, device=self.channel.device)
+        self.channel.use(step)
+        return step
 
 
 class AllReduce(Engine):
@@ -127,7 +117,7 @@ class AllReduce(Engine):
 
     def __init__(self, segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        chunks = chunk_count(sum(length for _, length in segments), codec)
+        chunks = chunk_count(sum(length for _, length in segments))
         self.codec = codec
         self.layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
         self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
@@ -167,7 +157,7 @@ class AllReduce(Engine):
             after: Called when the result stands in the buffer and the engine is free, before the Work completes.
             agreed: Called after the first encoding and before anything is sent.
         """
-        self._claim(after, buffer)
+        self._claim(after, buffer, worker, server)
         self._buffer = buffer
         self._factor = factor_of(op, self.channel.world_size)
         self._worker = worker
@@ -192,12 +182,12 @@ class AllReduce(Engine):
         mine = gathered[self.channel.rank * stride :][:stride]
         ops.reduce_encode(
             self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], mine,
-            self._servers[chunk], self._seeds[1], self._at_step, self._error,
+            self._servers[chunk], self._seeds[1], self._at_step, self.channel.error,
         )  # fmt: skip
         return all_gather_single(gathered, mine, self.channel.second)
 
     def finish(self, chunk: int) -> None:
-        ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self._error)
+        ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self.channel.error)
 
     def done(self) -> None:
         del self._buffer, self._worker, self._servers  # an idle engine keeps no one's tensors alive

@@ -32,7 +32,7 @@ class ReduceScatter(Engine):
 
     def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel, codec), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel), codec)
         chunks = len(spans)
         format = codec.format
         segments = [(rank * numel + offset, length) for rank in range(world) for offset, length in spans]
@@ -60,7 +60,7 @@ class ReduceScatter(Engine):
         agreed: Callable[[], None] | None = None,
     ) -> Work:
         """Starts it; see :meth:`AllReduce.launch`. ``input`` is left as it was."""
-        self._claim(after, output, input)
+        self._claim(after, output, input, worker)
         self._output, self._input = output, input
         self._factor = factor_of(op, self.channel.world_size)
         self._worker = worker
@@ -80,7 +80,7 @@ class ReduceScatter(Engine):
         stride = self._layouts[chunk].stride
         ops.reduce(
             self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], self._output,
-            self._error,
+            self.channel.error,
         )  # fmt: skip
 
     def finish(self, chunk: int) -> None:
@@ -128,7 +128,7 @@ def reduce_scatter(
         chosen = _call.parse(codec, x, "x", channel)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
-        base = _call.check_seed(seed, counted)
+        base = _call.check_seed(seed, counted, feedback)
         if x.numel() % world:
             raise ValueError(f"x must have a multiple of {world} elements, one part for each rank, got {x.numel()}")
         if average and not (x.is_floating_point() or x.is_complex()):
@@ -144,10 +144,11 @@ def reduce_scatter(
             if feedback is not None:
                 owner = Owner(chosen, engine.worker_numel, channel.rank, world, engine.chunks, 0)
                 worker, _ = feedback.bind(owner, channel.device)
-    target = out.detach()
-    flat = x.detach().contiguous().view(-1)
-    result = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-    result = result.view(-1)
+        target = out.detach()
+        flat = x.detach().contiguous().view(-1)
+        result = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        result = result.view(-1)
+        channel.use(target, flat, result)
 
     def copy_back() -> None:
         if result.data_ptr() != target.data_ptr():
@@ -162,7 +163,7 @@ def reduce_scatter(
         step = 0 if feedback is None else feedback.step
         work = engine.launch(result, flat, op, worker, base, 0, step, out, after, agreed)
         if feedback is not None:
-            feedback.step += 1
+            feedback.advance(base)
         return work
 
     text = f"reduce_scatter of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, codec {chosen}"

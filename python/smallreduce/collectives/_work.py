@@ -27,9 +27,13 @@ class Work:
     def wait(self) -> bool:
         """Blocks until the result is there (CUDA: until the current stream will wait for it). Returns True.
 
+        On CUDA, where nothing waits for the device, a packet that did not fit is told later: the next collective of the
+        group that starts after the device came to it raises RuntimeError, or ``smallreduce.shutdown``. What it would
+        have been decoded to is left as it was.
+
         Raises:
-            RuntimeError: The collective failed on this rank: a peer died, the group's timeout passed, or a packet was
-                refused.
+            RuntimeError: The collective failed on this rank: a peer died, the group's timeout passed, or (CPU) a packet
+                was refused.
         """
         self._future.wait()
         return True

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from smallreduce._layout import BLOCK
 from smallreduce.codecs import Codec
@@ -122,6 +123,19 @@ class BucketPlan:
     compressed_steps: int = 0
     count: Count = field(default_factory=Count)
     held: list[torch.Tensor | None] = field(default_factory=list)
+
+    def reduce_exactly(self, buffer: torch.Tensor, channel: Channel) -> torch.futures.Future[torch.Tensor]:
+        """Starts the reduction that DDP without a hook would do."""
+        # DDP's own arithmetic: its bits depend on the factor coming before the sum.
+        work = dist.all_reduce(buffer.mul_(1.0 / channel.world_size), group=channel.first, async_op=True)
+        self.count.add_all_reduce(buffer, channel.world_size)
+
+        def finish(future: torch.futures.Future[Any]) -> torch.Tensor:
+            future.wait()
+            return buffer
+
+        reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(finish)
+        return reduced
 
     def stats(self) -> BucketStats:
         measured = [(part.input_norm, part.error_norm) for part in self.parts]

@@ -26,7 +26,8 @@ def hook(
         A future of the bucket's own buffer, holding the mean over the ranks: the same bits on every rank.
 
     Raises:
-        RuntimeError: The ranks do not agree about the configuration or the buckets, or a peer died.
+        RuntimeError: The ranks do not agree about the configuration or the buckets, or a peer died; or a CUDA graph is
+            being captured; or gradients are accumulated or joined in ways that ``scaler`` does not allow.
         TypeError: Sparse gradients, or a codec for a dtype that it does not take.
         ValueError: The residuals that were loaded are not of this model and these codecs.
     """
@@ -73,10 +74,7 @@ def register(
         warmup_steps=warmup_steps,
         scaler=scaler,
         seed=seed,
-        # With a static graph a parameter is used always or never, and one never used owes nothing.
-        find_unused_parameters=ddp.find_unused_parameters and not ddp.static_graph,
         measure_every=measure_every,
-        process_group=ddp.process_group,
     )
     ignored = ddp.parameters_to_ignore
     state.agree([p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored])

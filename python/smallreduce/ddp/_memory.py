@@ -9,6 +9,7 @@ parameter, so its residuals move block by block, bit for bit, and what is owed t
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,17 +67,42 @@ class Residuals:
         }
 
     @staticmethod
-    def from_state_dict(state: Mapping[str, Any]) -> Residuals:
-        numel = int(state["numel"])
-        worker = torch.zeros(1, BLOCK * blocks_of(numel))
-        worker[0, :numel] = state["worker"]
-        return Residuals(
-            state["codec"],
-            numel,
-            worker,
-            tuple(Shard(*shard) for shard in state["shards"]),
-            tuple(None if tensor is None else tensor.clone().unsqueeze(0) for tensor in state["server"]),
+    def from_state_dict(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> Residuals:
+        """Copies what :meth:`state_dict` gave on this rank.
+
+        Raises:
+            ValueError: It does not hold together; the message has the parameter's name.
+        """
+
+        def expect(what: str, given: object, expected: object) -> None:
+            if given != expected:
+                raise ValueError(f"the saved residuals of {name} have {what} {given}, expected {expected}")
+
+        expect("the keys", sorted(map(str, state)), ["codec", "numel", "server", "shards", "worker"])
+        types = {key: type(value).__name__ for key, value in sorted(state.items()) if key != "worker"}
+        expect("the types", types, {"codec": "str", "numel": "int", "server": "list", "shards": "list"})
+        numel = state["numel"]
+        blocks = blocks_of(numel)
+        try:
+            shards = tuple(Shard(*map(operator.index, shard)) for shard in state["shards"])
+        except TypeError:
+            raise ValueError(f"the saved residuals of {name} have shards that are no triples of integers") from None
+        expect("shards that begin at", [s.begin for s in shards] + [blocks], [0] + [s.end for s in shards])
+        expect("impossible shards", [s for s in shards if not (0 <= s.owner < world_size and s.begin < s.end)], [])
+        expect("a worker's of", _form(state["worker"]), f"torch.float32 {[numel]}")
+        expect(
+            f"a server's on rank {rank} of",
+            [_form(tensor) for tensor in state["server"]],
+            [f"torch.float32 {[BLOCK * (s.end - s.begin)]}" if s.owner == rank else "NoneType" for s in shards],
         )
+        worker = torch.zeros(1, BLOCK * blocks)
+        worker[0, :numel] = state["worker"]
+        server = tuple(None if tensor is None else tensor.clone().unsqueeze(0) for tensor in state["server"])
+        return Residuals(state["codec"], numel, worker, shards, server)
+
+
+def _form(tensor: object) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from smallreduce.ddp._state import HookState
@@ -19,15 +18,15 @@ class NeverCalled(UserWarning):
     """An optimizer takes a step and the communication hook that was asked for has never run."""
 
 
-def warn_if_never_called(state: HookState, parameters: Iterable[torch.Tensor] | None) -> RemovableHandle:
+def warn_if_never_called(state: HookState, parameters: Iterable[torch.Tensor] | None) -> Callable[[], object]:
     """Warns once if an optimizer of some of ``parameters`` (None: any) takes a step before the hook's first call.
 
     An optimizer's step, unlike a forward or backward pass, comes after every gradient was due to be synchronised: it
     tells an ignored hook from gradient accumulation under ``no_sync``.
 
     Returns:
-        What ends the watching; to be removed at the hook's first call. (Not from here: torch is then going through its
-        hooks.)
+        What ends the watching; to be called at the hook's first call. (Not from here: torch is then going through its
+        hooks.) It ends with the state too.
     """
     # Neither the state nor the parameters are to be kept alive by torch's global table of optimizer hooks.
     watched = weakref.ref(state)
@@ -49,4 +48,4 @@ def warn_if_never_called(state: HookState, parameters: Iterable[torch.Tensor] | 
                 stacklevel=3,
             )
 
-    return register_optimizer_step_pre_hook(before_step)
+    return weakref.finalize(state, register_optimizer_step_pre_hook(before_step).remove)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from smallreduce.codecs import codec as parse_codec
 from smallreduce.collectives._channel import Channel, channel_of
 from smallreduce.ddp._agreement import agree, refusing
 from smallreduce.ddp._bucket import BucketPlan, Count, Part, Slot, plan_bucket, ring_bytes, slots_of
+from smallreduce.ddp._loss_scale import LossScale
 from smallreduce.ddp._memory import Residuals, bind
 from smallreduce.ddp._notice import warn_if_never_called
 from smallreduce.ddp._policy import Choice, CodecFor, choose
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 _FORMAT = 1  # of the state_dict
+_ENTRIES = {"format": int, "rank": int, "world_size": int, "step": int, "seed": int, "loss_scale": float}
 
 
 class HookState:
@@ -37,7 +38,7 @@ class HookState:
 
     Args:
         codec: A codec, its spelling (``"int4"``), or None: exact, the same bits as DDP without a hook.
-        module: The model, or the DDP module around it. It gives parameters their names, in ``codec_for``, ``stats()``
+        module: The DDP module, or the model inside it. It gives parameters their names, in ``codec_for``, ``stats()``
             and ``state_dict()``; without it ``codec_for`` gets None and the others count ``parameter.0``,
             ``parameter.1``, ... in the order of DDP's first buckets.
         codec_for: ``codec_for(name, parameter)`` gives the codec of each parameter, its spelling, or None for exact. By
@@ -46,22 +47,24 @@ class HookState:
         warmup_steps: Steps in the beginning that are exact.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, of this model alone. Residuals follow its scale;
             after a step that it skipped (a scale lowered by ``update()``) they are what they were before it, which
-            takes their memory twice. Its scale is read in each step, for which a CUDA device is waited for. Not
-            together with ``join()``: a rank that has joined does not see the scale.
+            takes their memory twice. Its scale is read in each step, for which a CUDA device is waited for. Gradients
+            are to be accumulated under ``no_sync()``: a second synchronised backward pass before ``update()`` raises
+            RuntimeError, since a skipped step could not be undone. So does ``join()`` (where ``module`` is the DDP
+            module): a rank that has joined does not see the scale.
         seed: Base of the random bits, which also depend on the step, the bucket and the rank
             (docs/wire-formats.md, section 6). The same on all ranks.
-        find_unused_parameters: As given to DDP. A parameter whose gradient is zero on all ranks then keeps its
-            residuals and its zero gradient, at the price of one more small collective for each bucket and the
-            residuals' memory twice.
+        find_unused_parameters: As given to DDP; None: that of ``module`` if it is the DDP module, else False. A
+            parameter whose gradient is zero on all ranks then keeps its residuals and its zero gradient, at the price
+            of one more small collective for each bucket and the residuals' memory twice.
         measure_every: Compressed steps of a bucket from one measurement of ``relative_error`` to the next; 0: never.
-        process_group: That of the DDP module; None: the default group.
+        process_group: That of DDP; None: that of ``module`` if it is the DDP module, else the default group.
 
     Attributes:
         step: Synchronised backward passes so far. Saved: with it a step can be replayed bit for bit.
-        calls: Calls of the hook so far.
+        calls: Calls of the hook so far, in this object.
 
     Raises:
-        ValueError, TypeError: Impossible values.
+        ValueError, TypeError: Impossible values, or others than those of the DDP module.
     """
 
     def __init__(
@@ -74,14 +77,14 @@ class HookState:
         warmup_steps: int = 0,
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
-        find_unused_parameters: bool = False,
+        find_unused_parameters: bool | None = None,
         measure_every: int = 100,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._codec = parse_codec(codec)
         if codec_for is not None and not callable(codec_for):
             raise TypeError(f"codec_for must be callable, got {type(codec_for).__name__}")
-        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         for name, count in (("warmup_steps", warmup_steps), ("measure_every", measure_every)):
             if isinstance(count, bool) or not isinstance(count, int):
@@ -90,10 +93,23 @@ class HookState:
                 raise ValueError(f"{name} must not be negative, got {count}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        ddp = module if isinstance(module, DistributedDataParallel) else None
+        if ddp is not None:
+            module = ddp.module
+            if process_group is not None and process_group is not ddp.process_group:
+                raise ValueError("process_group is not that of the DDP module; without it, the right one is taken")
+            if find_unused_parameters is not None and find_unused_parameters != ddp.find_unused_parameters:
+                raise ValueError(
+                    f"find_unused_parameters is {find_unused_parameters}, but {ddp.find_unused_parameters} in the DDP "
+                    "module; without it, the right one is taken"
+                )
+            process_group = ddp.process_group
+            # With a static graph a parameter is used always or never, and one never used owes nothing.
+            find_unused_parameters = ddp.find_unused_parameters and not ddp.static_graph
         self._codec_for = codec_for
         self._feedback = bool(feedback)
         self._warmup_steps = warmup_steps
-        self._scaler = scaler
+        self._scaler = None if scaler is None else LossScale(scaler, ddp)
         self._seed = seed
         self._find_unused = bool(find_unused_parameters)
         self._measure_every = measure_every
@@ -101,17 +117,16 @@ class HookState:
 
         self.step = 0
         self.calls = 0
+        self._steps = 0  # in this object: step is saved, and figures are not
         self._uncompressed_steps = 0
         self._last_index: int | None = None  # of the bucket before this one, in the same step
-        self._scale: float | None = None  # of the loss, in which the residuals are
+        self._scale = 1.0  # of the loss, in which the residuals are
         self._plans: dict[int, BucketPlan] = {}
         self._memory: dict[str, Residuals] = {}
         self._retired = Count()
         self._unnamed = 0
         # By id: a tensor is no key. The tensor beside it keeps the id from being given to another.
         self._names: dict[int, tuple[torch.Tensor, str | None, str]] = {}
-        if isinstance(module, DistributedDataParallel):
-            module = module.module
         if module is not None:
             self._names = {id(p): (p, name, name) for name, p in module.named_parameters()}
         self._watch = warn_if_never_called(self, None if module is None else module.parameters())
@@ -126,7 +141,7 @@ class HookState:
             self._begin_step()
         self._last_index = None if bucket.is_last() else bucket.index()
         if self.calls == 0:
-            self._watch.remove()
+            self._watch()
         self.calls += 1
         buffer = bucket.buffer()
         plan = self._plan(bucket, group)
@@ -139,28 +154,17 @@ class HookState:
             done.set_result(buffer)
             return done
         if not plan.parts or self.step <= self._warmup_steps:
-            return self._reduce_exactly(plan, buffer, plan.channel)
+            return plan.reduce_exactly(buffer, plan.channel)
         return self._reduce_compressed(plan, buffer, plan.channel)
 
     def _begin_step(self) -> None:
+        if self._scaler is not None and self._feedback:
+            self._scaler.check_step()
         self._follow_scaler()
         if self.step < self._warmup_steps or self._group().size() == 1:
             self._uncompressed_steps += 1
         self.step += 1
-
-    def _reduce_exactly(
-        self, plan: BucketPlan, buffer: torch.Tensor, channel: Channel
-    ) -> torch.futures.Future[torch.Tensor]:
-        # DDP's own arithmetic: its bits depend on the factor coming before the sum.
-        work = dist.all_reduce(buffer.mul_(1.0 / channel.world_size), group=channel.first, async_op=True)
-        plan.count.add_all_reduce(buffer, channel.world_size)
-
-        def finish(future: torch.futures.Future[Any]) -> torch.Tensor:
-            future.wait()
-            return buffer
-
-        reduced: torch.futures.Future[torch.Tensor] = work.get_future().then(finish)
-        return reduced
+        self._steps += 1
 
     def _reduce_compressed(
         self, plan: BucketPlan, buffer: torch.Tensor, channel: Channel
@@ -249,20 +253,17 @@ class HookState:
 
     def _follow_scaler(self) -> None:
         """Brings the residuals into the loss scale of now, and, if the last step was skipped, back to before it."""
-        if self._scaler is None:
+        scale = 1.0 if self._scaler is None else self._scaler.now()
+        if scale == self._scale:
             return
-        scale = float(self._scaler.get_scale())
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"the loss scale must be finite and positive, got {scale}")
-        if self._scale is not None and scale != self._scale:
-            if scale < self._scale:
-                for plan in self._plans.values():
-                    for part in plan.parts:
-                        if part.binding is not None and part.saved_at == self.step:
-                            part.binding.restore()
-            for residuals in self._memory.values():
-                for tensor in residuals.tensors():
-                    tensor.mul_(scale / self._scale)
+        if scale < self._scale:
+            for plan in self._plans.values():
+                for part in plan.parts:
+                    if part.binding is not None and part.saved_at == self.step:
+                        part.binding.restore()
+        for residuals in self._memory.values():
+            for tensor in residuals.tensors():
+                tensor.mul_(scale / self._scale)
         self._scale = scale
 
     # ---- buckets ----------------------------------------------------------------------------------------------------
@@ -277,14 +278,14 @@ class HookState:
         parameters = bucket.parameters()
         buffer = bucket.buffer()
         form = (*map(id, parameters), buffer.dtype, buffer.device)
-        plan = self._plans.get(bucket.index())
-        if plan is not None and plan.form == form:
-            return plan
+        channel = channel_of(group, buffer.device) if group.size() > 1 else None  # another one after shutdown()
+        known = self._plans.get(bucket.index())
+        if known is not None and known.form == form and known.channel is channel:
+            return known
 
-        channel = channel_of(group, buffer.device) if group.size() > 1 else None
         count = Count()
-        slots = refusing(channel, lambda: self._slots(bucket, parameters))
-        plan = plan_bucket(bucket, form, slots, channel)
+        plan = refusing(channel, lambda: plan_bucket(bucket, form, self._slots(bucket, parameters), channel))
+        slots = plan.slots
         if channel is not None:
             lines = [f"{slot.name}: {self._line(slot.numel, slot.choice)}" for slot in slots]
             # Server residuals are moved by what every rank believes of where they are.
@@ -308,7 +309,7 @@ class HookState:
                 )
                 count.collectives += part.binding.moved
                 count.bytes_sent += part.binding.nbytes_moved
-        self._retire({slot.name for slot in slots})
+        self._retire({slot.name for slot in slots}, bucket.index())
         self._plans[bucket.index()] = plan
         plan.count = count
         return plan
@@ -345,11 +346,11 @@ class HookState:
                 f"has {numel} in {spelling or 'no codec'}: load the state of the same model and codecs"
             )
 
-    def _retire(self, names: set[str]) -> None:
-        """Drops plans of buckets that DDP has rebuilt: those that share a parameter with a new one."""
-        for index, plan in list(self._plans.items()):
-            if any(slot.name in names for slot in plan.slots):
-                self._retired.add(self._plans.pop(index).count)
+    def _retire(self, names: set[str], index: int) -> None:
+        """Drops plans of buckets that DDP has rebuilt: those that share the index or a parameter with a new one."""
+        for old, plan in list(self._plans.items()):
+            if old == index or any(slot.name in names for slot in plan.slots):
+                self._retired.add(self._plans.pop(old).count)
 
     # ---- the same on all ranks --------------------------------------------------------------------------------------
 
@@ -414,11 +415,14 @@ class HookState:
         begins with DDP's first buckets, whose rounding differs from that of rebuilt ones.
 
         Raises:
-            ValueError: The state is of another rank, world size, model, or codec. A HookState without ``module`` finds
-                the latter two out at its next step.
+            ValueError: The state is of another rank, world size, seed, model, or codec, or is none at all. A HookState
+                without ``module`` finds another model or codec out at its next step.
         """
         if state_dict.get("format") != _FORMAT:
             raise ValueError(f"not a state of smallreduce.ddp in format {_FORMAT}, got {state_dict.get('format')!r}")
+        for key, kind in {**_ENTRIES, "parameters": Mapping}.items():
+            if not isinstance(state_dict.get(key), kind):
+                raise ValueError(f"state_dict[{key!r}] must be of type {kind.__name__}, got {state_dict.get(key)!r}")
         group = self._group()
         mine, theirs = (group.rank(), group.size()), (state_dict["rank"], state_dict["world_size"])
         if mine != theirs:
@@ -426,7 +430,11 @@ class HookState:
                 f"this state belongs to rank {theirs[0]} of {theirs[1]}, not to rank {mine[0]} of {mine[1]}: save and "
                 "load one for each rank, in a group of the same size"
             )
-        memory = {name: Residuals.from_state_dict(state) for name, state in state_dict["parameters"].items()}
+        if state_dict["seed"] != self._seed:
+            raise ValueError(f"this state has seed {state_dict['seed']}, but this HookState has {self._seed}")
+        memory = {
+            name: Residuals.from_state_dict(name, state, *mine) for name, state in state_dict["parameters"].items()
+        }
         if memory and not self._feedback:
             raise ValueError("this state has residuals, but feedback is off")
         previous, self._memory = self._memory, memory
@@ -435,11 +443,14 @@ class HookState:
         except ValueError:
             self._memory = previous
             raise
-        self.step = int(state_dict["step"])
-        self._seed = int(state_dict["seed"])
+        self.step = state_dict["step"]
         self._scale = state_dict["loss_scale"]
         self._last_index = None
-        self._retire({slot.name for plan in self._plans.values() for slot in plan.slots})
+        if self._scaler is not None:
+            self._scaler.forget()
+        for plan in self._plans.values():
+            self._retired.add(plan.count)
+        self._plans.clear()
 
     def _check_names(self) -> None:
         named = {name: p for p, given, name in self._names.values() if given is not None}
@@ -454,7 +465,7 @@ class HookState:
     # ---- figures ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """What was sent and lost so far on this rank. Waits for nothing; call it between steps."""
+        """What this object has sent and lost so far on this rank. Call it between steps; it waits for a CUDA device."""
         total = Count()
         total.add(self._retired)
         buckets, bypassed = [], []
@@ -467,7 +478,7 @@ class HookState:
             ]
         return Stats(
             world_size=self._group().size(),
-            steps=self.step,
+            steps=self._steps,
             uncompressed_steps=self._uncompressed_steps,
             calls=self.calls,
             buckets=tuple(buckets),

@@ -58,7 +58,7 @@ class Stats:
 
     Attributes:
         world_size: Ranks in the group; with one rank nothing is sent and nothing compressed.
-        steps: Backward passes in which the hook was called.
+        steps: Backward passes in which the hook was called; as all figures, of this object, not of a loaded state.
         uncompressed_steps: Those that were all exact: ``warmup_steps``, or all at world size 1.
         calls: Calls of the hook, one for each bucket and step. 0: it never ran.
         buckets: DDP's buckets as they are now.
