@@ -1,0 +1,65 @@
+// The cuda_* functions of csrc/bindings/README.md.
+#include <pybind11/pybind11.h>
+
+#include "bindings/arguments.h"
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace smallreduce {
+namespace {
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void cuda_encode(uintptr_t input, int element_type, uintptr_t residual, uintptr_t segments, int64_t segment_count,
+                 uintptr_t packets, int64_t packet_count, int kind, int64_t group, bool hadamard, bool stochastic,
+                 uint64_t seed, uintptr_t step, uintptr_t out, int64_t stride, uintptr_t stream) {
+  cuda::encode({pointer<const void>(input), type(element_type), pointer<float>(residual),
+                layout(segments, segment_count, packets, packet_count), format(kind, group, hadamard, stochastic), seed,
+                pointer<const int64_t>(step), pointer<uint8_t>(out), stride},
+               stream_of(stream));
+}
+
+void cuda_decode(uintptr_t input, int64_t stride, uintptr_t segments, int64_t segment_count, uintptr_t packets,
+                 int64_t packet_count, int kind, int64_t group, bool hadamard, uintptr_t output, int element_type,
+                 uintptr_t error, uintptr_t stream) {
+  cuda::decode(
+      {pointer<const uint8_t>(input), 1, stride, 1.0f, layout(segments, segment_count, packets, packet_count),
+       format(kind, group, hadamard, false), pointer<void>(output), type(element_type), pointer<int32_t>(error)},
+      stream_of(stream));
+}
+
+void cuda_reduce(uintptr_t input, int64_t stride, int64_t ranks, float factor, uintptr_t segments,
+                 int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group, bool hadamard,
+                 uintptr_t output, int element_type, uintptr_t error, uintptr_t stream) {
+  cuda::decode(
+      {pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
+       single_packet_layout(segments, segment_count, packets, packet_count), format(kind, group, hadamard, false),
+       pointer<void>(output), type(element_type), pointer<int32_t>(error)},
+      stream_of(stream));
+}
+
+void cuda_reduce_encode(uintptr_t input, int64_t stride, int64_t ranks, float factor, uintptr_t segments,
+                        int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
+                        bool hadamard, bool stochastic, uintptr_t residual, uint64_t seed, uintptr_t step,
+                        uintptr_t out, int element_type, uintptr_t error, uintptr_t stream) {
+  cuda::reduce_encode(
+      {pointer<const uint8_t>(input), rank_count(ranks), stride, factor,
+       single_packet_layout(segments, segment_count, packets, packet_count), format(kind, group, hadamard, stochastic),
+       pointer<float>(residual), seed, pointer<const int64_t>(step), pointer<uint8_t>(out), type(element_type),
+       pointer<int32_t>(error)},
+      stream_of(stream));
+}
+
+}  // namespace
+
+void register_cuda(py::module_& module) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  module.def("cuda_runtime_version", &cuda::runtime_version);
+  module.def("cuda_encode", &cuda_encode, release_gil());
+  module.def("cuda_decode", &cuda_decode, release_gil());
+  module.def("cuda_reduce", &cuda_reduce, release_gil());
+  module.def("cuda_reduce_encode", &cuda_reduce_encode, release_gil());
+}
+
+}  // namespace smallreduce
