@@ -140,9 +140,11 @@ class ErrorFeedback:
                 to. Nothing has changed then.
             TypeError: A value of another type.
         """
-        bound = {"worker", "server"} if state.get("owner") is not None else set()
-        _check_keys("the state", state, {"step", "seed", "owner"} | bound)
+        bound = isinstance(state, Mapping) and state.get("owner") is not None
+        _check_keys("the state", state, {"step", "seed", "owner"} | ({"worker", "server"} if bound else set()))
         step = as_int(state["step"], "step")
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
         seed = None if state["seed"] is None else as_int(state["seed"], "seed")
         if state["owner"] is None:
             self.reset()
@@ -167,7 +169,9 @@ class ErrorFeedback:
         self.step, self.seed = step, seed
 
 
-def _check_keys(name: str, given: Mapping[str, Any], expected: set[str]) -> None:
+def _check_keys(name: str, given: object, expected: set[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a dict, got {type(given).__name__}")
     if given.keys() != expected:
         raise ValueError(f"{name} must have {', '.join(sorted(expected))}, got {', '.join(sorted(given)) or 'nothing'}")
 

@@ -125,9 +125,13 @@ def _malformed(state: dict[str, Any]) -> list[tuple[dict[str, Any], type[Excepti
     owner = state["owner"]
     return [
         ({}, ValueError, "must have owner, seed, step, got nothing"),
+        ([], TypeError, "the state must be a dict, got list"),  # type: ignore[list-item]
+        ({**state, "owner": 5}, TypeError, "its owner must be a dict, got int"),
+        ({**state, "step": -1}, ValueError, "step must not be negative, got -1"),
         ({key: value for key, value in state.items() if key != "server"}, ValueError, "server, step, worker, got"),
         ({**state, "more": 1}, ValueError, "got more"),
         ({**state, "owner": {"codec": "int4"}}, ValueError, "chunks, codec, numel.*got codec"),
+        ({**state, "owner": {**owner, "codec": None}}, ValueError, "must have a codec, got None"),
         ({**state, "owner": {**owner, "numel": 64.0}}, TypeError, "numel must be an int, got float"),
         ({**state, "step": "5"}, TypeError, "step must be an int, got str"),
         ({**state, "worker": state["worker"][:-1]}, ValueError, "worker must be 704 elements of torch.float32"),
