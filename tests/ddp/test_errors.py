@@ -29,6 +29,7 @@ def _refused(rank: int, world: int) -> None:
         (TypeError, "codec", {"codec": 4}),
         (TypeError, "codec_for", {"codec_for": "int4"}),
         (TypeError, "scaler", {"scaler": 1024.0}),
+        (TypeError, "scaler", {"scaler": mock.Mock()}),  # has a get_scale, but not what else is needed
         (ValueError, "warmup_steps", {"warmup_steps": -1}),
         (TypeError, "warmup_steps", {"warmup_steps": 1.5}),
         (TypeError, "seed", {"seed": "0"}),

@@ -110,14 +110,14 @@ def _mixed_dtypes(rank: int, world: int) -> None:
     }
 
 
-def _joins(rank: int, world: int) -> None:
+def _joins(rank: int, world: int, fewer: int, options: dict[str, Any]) -> None:
     """Ranks run out of inputs at different times; those that have go on giving zeros, and what they owe is not lost."""
     shapes = ((64, 5), (9, 31))
-    ddp = wrap(Given(shapes), bucket_cap_mb=0.001)
+    ddp = wrap(Given(shapes), bucket_cap_mb=0.001, **options)
     state = sr.ddp.register(ddp, "int4")
     went_in = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     came_out = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    steps = 4 - 2 * rank  # 4 on rank 0, 2 on rank 1, none on rank 2
+    steps = fewer if rank else 4
     with ddp.join():
         for step in range(steps):
             ddp.zero_grad()
@@ -178,19 +178,35 @@ def _compiles(rank: int, world: int) -> None:
     assert same_on_all_ranks(list(compiled.parameters()))
 
 
+def _copies(rank: int, world: int) -> None:
+    """A DDP module with our hook can be copied, as for an average of weights. torch registers no hook on the copy."""
+    ddp = wrap(mlp())
+    state = sr.ddp.register(ddp, "int4")
+    _train(ddp, rank, 2)
+    other = copy.deepcopy(ddp)
+    assert equal(list(other.parameters()), list(ddp.parameters()))
+    _train(other, rank, 1)
+    assert state.calls == 2
+    _train(ddp, rank, 1)
+    assert state.calls == 3
+
+
 def _all_modes(rank: int, world: int) -> None:
     _modes(rank, world)
     _accumulates(rank, world)
     _mixed_dtypes(rank, world)
+    _copies(rank, world)
 
 
 def test_modes_of_ddp() -> None:
     run(_all_modes, 2)
 
 
-def test_join() -> None:
-    # Of 2 ranks, so that the mean is exact; rank 1 stops after two steps.
-    run(_joins, 2)
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}])
+@pytest.mark.parametrize("fewer", [0, 2])
+def test_join(fewer: int, options: dict[str, Any]) -> None:
+    # Of 2 ranks, so that the mean is exact.
+    run(_joins, 2, fewer, options)
 
 
 def test_reduction_overlaps_the_backward_pass() -> None:

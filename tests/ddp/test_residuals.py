@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import unittest.mock
 from collections.abc import Sequence
@@ -158,79 +159,136 @@ def test_non_finite_gradients_travel_and_are_not_kept() -> None:
     run(_non_finite, 2)
 
 
-def _scaled(rank: int, world: int) -> None:
+def _whole_server(saved: dict[str, Any]) -> torch.Tensor:
+    """The server's residual of a parameter, wherever its shards lie."""
+    whole = torch.zeros(-(-saved["numel"] // 32) * 32)
+    for (_, begin, end), values in zip(saved["shards"], saved["server"], strict=True):
+        if values is not None:
+            whole[32 * begin : 32 * end] = values
+    dist.all_reduce(whole)
+    return whole
+
+
+def _scaled(rank: int, world: int, passes: int, options: dict[str, Any]) -> None:
     """With a loss scale, powers of two, everything is that of a run without one, skipped steps left out."""
-    plain, scaled = (wrap(Given(SHAPES, USE), bucket_cap_mb=0.004) for _ in range(2))
+    plain, scaled = (_given(**options) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
     state = sr.ddp.register(plain, "int4:rounding=nearest")
     scaled_state = sr.ddp.register(scaled, "int4:rounding=nearest", scaler=scaler)
     optimizers = [torch.optim.SGD(ddp.parameters(), lr=0.25) for ddp in (plain, scaled)]
-    scales = []
+    scales = [scaler.get_scale()]
     for step in range(8):
-        given = [dyadic(shape, step, rank, i) for i, shape in enumerate(SHAPES)]
-        overflow = step in (3, 6)
+        given: list[list[torch.Tensor | None]] = [
+            [dyadic(shape, step, k, rank, i) for i, shape in enumerate(SHAPES)] for k in range(passes)
+        ]
+        if options and step in (2, 3, 5):
+            for gradients_of_pass in given:
+                gradients_of_pass[4] = None
+        # As it most often is, the very first is skipped: before DDP rebuilds its buckets or, in two passes, around it.
+        overflow = step in (0, 3, 6)
         if not overflow:
             plain.zero_grad()
-            plain(given).backward()
+            for gradients_of_pass in given:
+                plain(gradients_of_pass).backward()
             optimizers[0].step()
         if overflow and rank == 1:
-            given[1] = torch.full_like(given[1], torch.inf)
+            given[step % passes][1] = torch.full(SHAPES[1], torch.inf)
         scaled.zero_grad()
-        scaler.scale(scaled(given)).backward()
+        for gradients_of_pass in given:
+            scaler.scale(scaled(gradients_of_pass)).backward()
         scaler.step(optimizers[1])
         scaler.update()
         scales.append(scaler.get_scale())
         assert equal(list(scaled.parameters()), list(plain.parameters())), step
         ours, theirs = scaled_state.state_dict()["parameters"], state.state_dict()["parameters"]
-        if step >= 1:  # before that, DDP may have rebuilt the buckets of only one of them
-            assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert torch.equal(ours[name]["worker"], theirs[name]["worker"] * scaler.get_scale()), (step, name)
-            for a, b in zip(ours[name]["server"], theirs[name]["server"], strict=True):
-                assert (a is None and b is None) or torch.equal(a, b * scaler.get_scale()), (step, name)
+        for name, saved in ours.items():
+            if step == 0:
+                assert not saved["worker"].any() and not _whole_server(saved).any()
+                continue
+            assert torch.equal(saved["worker"], theirs[name]["worker"] * scaler.get_scale()), (step, name)
+            assert torch.equal(_whole_server(saved), _whole_server(theirs[name]) * scaler.get_scale()), (step, name)
     changes = {after / before for before, after in itertools.pairwise(scales)}
     assert changes == {0.5, 1.0, 2.0}
 
 
-def test_residuals_follow_the_loss_scale_and_skipped_steps_leave_them() -> None:
-    run(_scaled, 2)
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_residuals_follow_the_loss_scale_and_skipped_steps_leave_them(passes: int, options: dict[str, Any]) -> None:
+    run(_scaled, 2, passes, options)
+
+
+def _changes_scale(rank: int, world: int) -> None:
+    """A state that was saved under another scale, or under one and loaded under none, owes the same gradients."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    ddp = _given()
+    state = sr.ddp.register(ddp, "int4", scaler=scaler)
+    scaler.scale(ddp([dyadic(shape, rank, i) for i, shape in enumerate(SHAPES)])).backward()
+    saved = state.state_dict()
+    assert saved["loss_scale"] == 2.0**6
+    for scale in (None, 2.0**4, 2.0**9):
+        # A step has been done: what it left is neither brought back nor counted.
+        ddp, other = _given(), None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        state = sr.ddp.register(ddp, "int4", scaler=other)
+        ddp([dyadic(shape, rank, i) for i, shape in enumerate(SHAPES)]).backward()
+        state.load_state_dict(saved)
+        loaded = state.state_dict()
+        factor = loaded["loss_scale"] / 2.0**6
+        assert loaded["loss_scale"] == scale or (scale is None and loaded["loss_scale"] == 1.0)
+        for name, residuals in saved["parameters"].items():
+            assert torch.equal(loaded["parameters"][name]["worker"], residuals["worker"] * factor)
+            assert torch.equal(_whole_server(loaded["parameters"][name]), _whole_server(residuals) * factor)
+
+
+def test_a_loaded_state_is_brought_into_the_loss_scale() -> None:
+    run(_changes_scale, 2)
 
 
 def _cannot_skip(rank: int, world: int) -> None:
-    """Where a skipped step could not be undone, the hook says so instead of keeping what the others have dropped."""
+    """Where this rank may have joined, which does not see the scale, the hook says so."""
 
     def backward(ddp: DistributedDataParallel, scaler: torch.amp.GradScaler, step: int) -> None:
         given = [dyadic(shape, step, rank, i) for i, shape in enumerate(SHAPES)]
         scaler.scale(ddp(given)).backward()
 
-    def make(enabled: bool = True, **options: Any) -> tuple[DistributedDataParallel, torch.amp.GradScaler]:
+    def make(
+        *, enabled: bool = True, known: bool = True, **options: Any
+    ) -> tuple[DistributedDataParallel, torch.amp.GradScaler, sr.ddp.HookState]:
         ddp, scaler = wrap(Given(SHAPES)), torch.amp.GradScaler("cpu", enabled=enabled)
-        sr.ddp.register(ddp, "int4", scaler=scaler, **options)
-        return ddp, scaler
+        state = sr.ddp.HookState("int4", module=ddp if known else ddp.module, scaler=scaler, **options)
+        ddp.register_comm_hook(state, sr.ddp.hook)
+        return ddp, scaler, state
 
-    ddp, scaler = make()
+    for known in (True, False):
+        ddp, scaler, _ = make(known=known)
+        with contextlib.nullcontext() if known else pytest.raises(RuntimeError, match="module=ddp_model"), ddp.join():
+            # An even number of inputs for all: nothing is wrong but that nobody can know.
+            with pytest.raises(RuntimeError, match="join") if known else contextlib.nullcontext():
+                backward(ddp, scaler, 0)
+            if not known:
+                backward(ddp, scaler, 1)
+
+    ddp, scaler, state = make(known=False)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    for step in range(4):
+    for step in range(3):
         with ddp.no_sync():
             backward(ddp, scaler, step)
         backward(ddp, scaler, step)
         scaler.step(optimizer)
         scaler.update()
+    backward(ddp, scaler, 3)
+    # A state that was loaded follows no backward pass.
+    state.load_state_dict(state.state_dict())
     backward(ddp, scaler, 4)
-    with pytest.raises(RuntimeError, match="no_sync"):
-        backward(ddp, scaler, 5)
 
+    # Nothing depends on the scale, and nothing is in the way.
     for options in ({"enabled": False}, {"feedback": False}):
-        ddp, scaler = make(**options)
+        ddp, scaler, state = make(known=False, **options)
         for step in range(3):
             backward(ddp, scaler, step)
-
-    ddp, scaler = make()
-    with pytest.raises(RuntimeError, match="join"), ddp.join():
-        backward(ddp, scaler, 0)
+        assert all(len(tensor) == 1 for held in state._memory.values() for tensor in held.tensors())
 
 
-def test_what_a_skipped_step_could_not_undo_is_refused() -> None:
+def test_a_rank_that_may_have_joined_does_not_follow_the_loss_scale() -> None:
     run(_cannot_skip, 2)
 
 
@@ -276,17 +334,32 @@ def _replays(rank: int, world: int) -> None:
         ({"step": None}, r"state_dict\['step'\] must be of type int, got None"),
         ({"loss_scale": "1"}, "loss_scale"),
         ({"parameters": []}, "Mapping"),
+        ({"step": -1}, "step >= 0"),
+        ({"loss_scale": 0.0}, "loss_scale, got 4 and 0.0"),
+        ({"loss_scale": float("nan")}, "loss_scale, got 4 and nan"),
+        ({"parameters": {"0.weight": None}}, "0.weight have the keys .*NoneType"),
+        ({"parameters": {0: saved["parameters"]["0.weight"]}}, "residuals of 0, which"),
         ({"parameters": {"0.weight": {**saved["parameters"]["0.weight"], "worker": None}}}, "0.weight have a worker's"),
         ({"parameters": {"nobody": next(iter(saved["parameters"].values()))}}, "nobody"),
         ({"parameters": {"0.weight": saved["parameters"]["3.weight"]}}, "0.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             state.load_state_dict({**saved, **change})
-    assert _same(before["parameters"], state.state_dict()["parameters"])
+    for nothing in (None, []):
+        with pytest.raises(ValueError, match="not a state"):
+            state.load_state_dict(nothing)  # type: ignore[arg-type]
+    assert _same(before, state.state_dict())
     with pytest.raises(ValueError, match="feedback is off"):
         sr.ddp.register(wrap(mlp()), "int4", feedback=False, seed=7).load_state_dict(saved)
     with pytest.raises(ValueError, match="int8"):
         sr.ddp.register(wrap(mlp()), "int8", seed=7).load_state_dict(saved)
+    # Whatever the rule raises: nothing has changed then.
+    rule = unittest.mock.Mock(return_value="int4-hadamard")
+    fresh = sr.ddp.register(wrap(mlp()), "int4", seed=7, codec_for=rule)
+    rule.side_effect = KeyError("no rule")
+    with pytest.raises(KeyError, match="no rule"):
+        fresh.load_state_dict(saved)
+    assert fresh.state_dict()["parameters"] == {} and fresh.step == 0
 
 
 def _same(ours: Any, theirs: Any) -> bool:

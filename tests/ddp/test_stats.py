@@ -8,6 +8,7 @@ import pytest
 from torch.nn.parallel import DistributedDataParallel
 
 import smallreduce as sr
+from collectives.compose import to_original_domain
 from ddp.training import Given, dyadic, loss_of, mlp, wrap
 from ranks import run
 from smallreduce import metrics
@@ -60,6 +61,33 @@ def test_bytes_are_those_counted_at_the_process_group(world: int) -> None:
     run(_counts, world, backend=BACKEND)
 
 
+def _counts_all_else(rank: int, world: int) -> None:
+    """Also flags of unused parameters, a loaded state, and residuals that move to other ranks with it."""
+    saved = None
+    for bucket_cap_mb in (0.004, 100):
+        ddp = wrap(mlp(), bucket_cap_mb=bucket_cap_mb, find_unused_parameters=True)
+        state = sr.ddp.register(ddp, "int4")
+        loss_of(ddp, rank, 0).backward()
+        if saved is not None:
+            state.load_state_dict(saved)
+        metrics.reset()
+        before = state.stats()
+        for step in range(1, 4):
+            loss_of(ddp, rank, step).backward()
+        stats, sent = state.stats(), metrics.sent()
+        # DDP itself reduces, in each step, four bytes for each parameter: which of them were used. The counter takes
+        # an all-reduce for a ring.
+        flags = 2 * 4 * len(list(ddp.parameters())) * (world - 1) // world
+        assert stats.bytes_sent - before.bytes_sent == metrics.bytes_sent() - 3 * flags
+        assert stats.collectives - before.collectives == sum(s.calls for s in sent.values()) - 3
+        saved = state.state_dict()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_comes_with_unused_parameters_and_loading_is_counted(world: int) -> None:
+    run(_counts_all_else, world, backend=BACKEND)
+
+
 def _totals(rank: int, world: int) -> None:
     """Totals survive DDP's rebuilding, also of a bucket whose index goes to wholly other parameters, and loading."""
     shapes = ((20, 64), (40, 32))
@@ -103,9 +131,9 @@ def test_totals_survive_rebuilding_and_start_anew_with_the_object() -> None:
     run(_totals, 2, backend=BACKEND)
 
 
-def _figures(rank: int, world: int) -> None:
+def _figures(rank: int, world: int, spelling: str) -> None:
     ddp = wrap(mlp())
-    state = sr.ddp.register(ddp, "int8", measure_every=3)
+    state = sr.ddp.register(ddp, spelling, measure_every=3)
     assert state.stats().calls == 0
     errors = []
     for step in range(5):
@@ -120,11 +148,19 @@ def _figures(rank: int, world: int) -> None:
     assert all(0 < error < 0.02 for error in errors)
     residuals = state.state_dict()["parameters"].values()
     workers = sum(float(saved["worker"].square().sum()) for saved in residuals)
-    servers = sum(float(t.square().sum()) for saved in residuals for t in saved["server"] if t is not None)
+    codec = sr.codec(spelling)
+    assert codec is not None
+    servers = sum(
+        float(to_original_domain(server, codec).square().sum())
+        for saved in residuals
+        for server in saved["server"]
+        if server is not None
+    )
     assert bucket.residual_norm == pytest.approx(math.sqrt(workers + servers), rel=1e-6)
     assert bucket.wire_ratio > 2
     assert "wire ratio" in str(state.stats())
 
 
-def test_error_and_norm() -> None:
-    run(_figures, 2)
+@pytest.mark.parametrize("spelling", ["int8", "int8-hadamard"])
+def test_error_and_norm(spelling: str) -> None:
+    run(_figures, 2, spelling)

@@ -8,8 +8,8 @@ or, where a framework wants torch's own pair (docs/frameworks.md):
 
 Right under gradient accumulation, ``static_graph``, ``find_unused_parameters``, ``gradient_as_bucket_view``,
 ``join()``, AMP and mixed dtypes. As every communication hook it divides by the group's size, also under
-``join(divide_by_initial_world_size=False)``. A ``GradScaler`` bears no ``join()`` and no accumulation outside of
-``no_sync()`` (``scaler`` of :class:`HookState`), and the hook cannot be captured in a CUDA graph: all of these raise.
+``join(divide_by_initial_world_size=False)``. Error feedback under a ``GradScaler`` bears no ``join()`` (``scaler`` of
+:class:`HookState`), and the hook cannot be captured in a CUDA graph: both raise.
 
 Parameters that are left exact travel apart from the compressed ones of their bucket. Where a whole bucket is exact, its
 bits are those of DDP without a hook; with one exception, a unit in the last place: on a number of ranks that is no

@@ -38,7 +38,6 @@ class Part:
     Attributes:
         number: Bucket and part, from which the random bits are derived; unique in a step.
         binding: The residuals; None without error feedback.
-        saved_at: The step before which row 1 of the residuals was saved.
         input_norm, error_norm: 2-norms of the last measured step's input and of what its encoding took away.
     """
 
@@ -48,7 +47,6 @@ class Part:
         self.number = number
         self.engine = AllReduce([(slot.offset, slot.numel) for slot in slots], codec, dtype, channel)
         self.binding: Binding | None = None
-        self.saved_at = -1
         self.input_norm: torch.Tensor | None = None
         self.error_norm: torch.Tensor | None = None
 

@@ -27,7 +27,7 @@ def hook(
 
     Raises:
         RuntimeError: The ranks do not agree about the configuration or the buckets, or a peer died; or a CUDA graph is
-            being captured; or gradients are accumulated or joined in ways that ``scaler`` does not allow.
+            being captured; or a ``scaler`` is used under ``join()``.
         TypeError: Sparse gradients, or a codec for a dtype that it does not take.
         ValueError: The residuals that were loaded are not of this model and these codecs.
     """

@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class LossScale:
-    """The scale of a GradScaler, read once in each step.
+    """The scale of an enabled GradScaler.
 
     Args:
-        scaler: Of one model. A disabled one has the scale 1 and skips nothing.
+        scaler: Of one model.
         ddp: That model, if known.
     """
 
@@ -21,7 +21,7 @@ class LossScale:
         self._scaler = scaler
         # DDP holds the hook's state, in C++, where the garbage collector does not see it.
         self._ddp = None if ddp is None else weakref.ref(ddp)
-        self._seen: tuple[float, int] | None = None  # in the last step
+        self._seen: tuple[float, int] | None = None  # when the last step began
 
     def now(self) -> float:
         """Reads the scale, for which a CUDA device is waited for.
@@ -34,27 +34,27 @@ class LossScale:
             raise ValueError(f"the loss scale must be finite and positive, got {scale}")
         return scale
 
-    def check_step(self) -> None:
-        """Called when a step begins, that is, a synchronised backward pass. Only one of them can be undone.
+    def begins_update(self) -> bool:
+        """Called when a step begins, that is, a synchronised backward pass: whether it is the first since ``update()``.
 
         Raises:
-            RuntimeError: ``update()`` has not been called since the last step began, or the model is under ``join()``.
+            RuntimeError: The model is under ``join()``; or it is not the first, and the model is not known.
         """
-        if not self._scaler.is_enabled():
-            return
         ddp = None if self._ddp is None else self._ddp()
         if ddp is not None and ddp._join_config.enable:
             raise RuntimeError("error feedback with a scaler does not work under join(): joined ranks skip no steps")
         # Each update() changes one of the two: it grows or lowers the scale, or counts a step in which it does neither.
         state = self._scaler.state_dict()
         seen = (state["scale"], state["_growth_tracker"])
-        if seen == self._seen:
+        first = seen != self._seen
+        if not first and self._ddp is None:
             raise RuntimeError(
-                "two synchronised backward passes without scaler.update() in between: if the scaler skips the "
-                "optimizer's step, only the last of them can be undone in the residuals; accumulate gradients under "
-                "no_sync()"
+                "two synchronised backward passes without scaler.update() in between: this may be a rank that has "
+                "joined, whose residuals cannot follow the others' scale; HookState(..., module=ddp_model) tells that "
+                "from gradients that accumulate"
             )
         self._seen = seen
+        return first
 
     def forget(self) -> None:
         """The next step follows no other: a state has been loaded."""

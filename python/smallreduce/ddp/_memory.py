@@ -41,7 +41,7 @@ class Residuals:
     Attributes:
         codec: Spelling of the codec, in whose domain the server residual lies.
         numel: Elements of the parameter.
-        worker: fp32 of shape (rows, 32 * blocks). Row 0 is the residual, row 1, if there, what it was before this step.
+        worker: fp32 of shape (rows, 32 * blocks). Row 0 is the residual, others are what it was (:meth:`Binding.save`).
         shards: Where the server residual lies, on whichever rank; the same on all ranks.
         server: For each of ``shards``, fp32 of shape (rows, 32 * its blocks) in the domain in which the codec adds;
             None where another rank holds it.
@@ -78,7 +78,8 @@ class Residuals:
             if given != expected:
                 raise ValueError(f"the saved residuals of {name} have {what} {given}, expected {expected}")
 
-        expect("the keys", sorted(map(str, state)), ["codec", "numel", "server", "shards", "worker"])
+        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state)
+        expect("the keys", keys, ["codec", "numel", "server", "shards", "worker"])
         types = {key: type(value).__name__ for key, value in sorted(state.items()) if key != "worker"}
         expect("the types", types, {"codec": "str", "numel": "int", "server": "list", "shards": "list"})
         numel = state["numel"]
@@ -121,15 +122,15 @@ class Binding:
     nbytes_moved: int
     moved: bool
 
-    def save(self) -> None:
-        """Keeps the residuals as they are now in row 1."""
+    def save(self, row: int) -> None:
+        """Keeps the residuals as they are now in one of the rows."""
         for tensor in (self.worker, self.server):
-            tensor[1].copy_(tensor[0])
+            tensor[row].copy_(tensor[0])
 
-    def restore(self) -> None:
+    def restore(self, row: int) -> None:
         """Brings back what :meth:`save` kept."""
         for tensor in (self.worker, self.server):
-            tensor[0].copy_(tensor[1])
+            tensor[0].copy_(tensor[row])
 
 
 def bind(
@@ -150,9 +151,9 @@ def bind(
         codec: Spelling of the codec of all of them.
         packet_blocks: The blocks of each packet, in the order of the blocks; packet p is reduced by rank p mod W, whose
             server residual is that of its packets one after the other.
-        rows: 1, or 2 to keep room for the values before the step.
+        rows: Of the new residuals. The old ones, which move with them, have as many or one, which fills all.
         device: Of the new residuals.
-        group: All ranks must call with the same names, sizes, packets and old shards.
+        group: All ranks must call with the same names, sizes, packets, rows, and old shards and rows.
     """
     rank, world_size = group.rank(), group.size()
     worker = torch.zeros(rows, BLOCK * sum(packet_blocks), device=device)
@@ -174,15 +175,15 @@ def bind(
         new = Residuals(codec, numel, place, shards, tuple(places))
         old = memory.get(name)
         if old is not None:
-            new.worker.copy_(old.worker[:1])
+            new.worker.copy_(old.worker)
             for source, target, begin, end in _overlaps(old.shards, new.shards):
                 moved |= old.shards[source].owner != new.shards[target].owner
                 values = _blocks(old, source, begin, end)
                 place_of_values = _blocks(new, target, begin, end)
                 if values is not None and place_of_values is not None:
-                    place_of_values.copy_(values[:1])
+                    place_of_values.copy_(values)
                 elif values is not None:
-                    outgoing[new.shards[target].owner].append(values[0])
+                    outgoing[new.shards[target].owner].append(values.expand(rows, -1))
                 elif place_of_values is not None:
                     incoming[old.shards[source].owner].append(place_of_values)
         memory[name] = new
@@ -237,14 +238,15 @@ def _exchange(
 ) -> int:
     """Sends tensors to ranks, fills those that come from ranks; returns the bytes sent."""
     ranks = range(group.size())
-    send_sizes = [sum(tensor.shape[-1] for tensor in outgoing.get(rank, ())) for rank in ranks]
-    receive_sizes = [sum(tensor.shape[-1] for tensor in incoming.get(rank, ())) for rank in ranks]
+    send_sizes = [sum(tensor.numel() for tensor in outgoing.get(rank, ())) for rank in ranks]
+    receive_sizes = [sum(tensor.numel() for tensor in incoming.get(rank, ())) for rank in ranks]
     send = torch.cat(
-        [torch.empty(0, device=device)] + [tensor.to(device) for rank in ranks for tensor in outgoing.get(rank, ())]
+        [torch.empty(0, device=device)]
+        + [tensor.to(device).reshape(-1) for rank in ranks for tensor in outgoing.get(rank, ())]
     )
     receive = torch.empty(sum(receive_sizes), device=device)
     dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=group)
     places = [tensor for rank in ranks for tensor in incoming.get(rank, ())]
-    for place, values in zip(places, torch.split(receive, [place.shape[-1] for place in places]), strict=True):
-        place.copy_(values)
+    for place, values in zip(places, torch.split(receive, [place.numel() for place in places]), strict=True):
+        place.copy_(values.view(place.shape))
     return send.numel() * send.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 _FORMAT = 1  # of the state_dict
+_BEFORE_STEP, _BEFORE_UPDATE = 1, -1  # rows of the residuals, beside row 0: what they are
 _ENTRIES = {"format": int, "rank": int, "world_size": int, "step": int, "seed": int, "loss_scale": float}
 
 
@@ -45,17 +47,17 @@ class HookState:
             default parameters with fewer than two dimensions are exact. It must give the same on all ranks.
         feedback: Error feedback. Without it only unbiased codecs (stochastic rounding) converge to the same loss.
         warmup_steps: Steps in the beginning that are exact.
-        scaler: The ``torch.amp.GradScaler`` that scales the loss, of this model alone. Residuals follow its scale;
-            after a step that it skipped (a scale lowered by ``update()``) they are what they were before it, which
-            takes their memory twice. Its scale is read in each step, for which a CUDA device is waited for. Gradients
-            are to be accumulated under ``no_sync()``: a second synchronised backward pass before ``update()`` raises
-            RuntimeError, since a skipped step could not be undone. So does ``join()`` (where ``module`` is the DDP
-            module): a rank that has joined does not see the scale.
+        scaler: The ``torch.amp.GradScaler`` that scales the loss, of this model and one optimizer alone. Residuals
+            follow its scale; after a step that it skipped (a scale lowered by ``update()``) they are what they were
+            before the backward passes of that step, which takes their memory once more. Its scale is read in each
+            backward pass, for which a CUDA device is waited for. With ``join()`` it raises RuntimeError: a rank that
+            has joined does not see the scale. Where ``module`` is not the DDP module, so does a second synchronised
+            backward pass before ``update()``, which may be that of such a rank.
         seed: Base of the random bits, which also depend on the step, the bucket and the rank
             (docs/wire-formats.md, section 6). The same on all ranks.
         find_unused_parameters: As given to DDP; None: that of ``module`` if it is the DDP module, else False. A
             parameter whose gradient is zero on all ranks then keeps its residuals and its zero gradient, at the price
-            of one more small collective for each bucket and the residuals' memory twice.
+            of one more small collective for each bucket and the residuals' memory once more.
         measure_every: Compressed steps of a bucket from one measurement of ``relative_error`` to the next; 0: never.
         process_group: That of DDP; None: that of ``module`` if it is the DDP module, else the default group.
 
@@ -109,9 +111,11 @@ class HookState:
         self._codec_for = codec_for
         self._feedback = bool(feedback)
         self._warmup_steps = warmup_steps
-        self._scaler = None if scaler is None else LossScale(scaler, ddp)
+        # Only residuals depend on the scale.
+        self._scaler = LossScale(scaler, ddp) if scaler is not None and scaler.is_enabled() and self._feedback else None
         self._seed = seed
         self._find_unused = bool(find_unused_parameters)
+        self._rows = 1 + self._find_unused + (self._scaler is not None)
         self._measure_every = measure_every
         self._process_group = process_group
 
@@ -119,8 +123,8 @@ class HookState:
         self.calls = 0
         self._steps = 0  # in this object: step is saved, and figures are not
         self._uncompressed_steps = 0
-        self._last_index: int | None = None  # of the bucket before this one, in the same step
         self._scale = 1.0  # of the loss, in which the residuals are
+        self._begins_update = False  # this step is the first since the scaler's update()
         self._plans: dict[int, BucketPlan] = {}
         self._memory: dict[str, Residuals] = {}
         self._retired = Count()
@@ -131,15 +135,18 @@ class HookState:
             self._names = {id(p): (p, name, name) for name, p in module.named_parameters()}
         self._watch = warn_if_never_called(self, None if module is None else module.parameters())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookState:
+        """The state itself: a DDP module is copied with its hooks' states, but no hook is registered on the copy."""
+        return self
+
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts the reduction of one bucket; the hook itself."""
         group = self._group()
-        # DDP reduces its buckets in the order of their indices, the same on all ranks.
-        if self._last_index is None or bucket.index() <= self._last_index:
+        # DDP reduces all of its buckets, in the order of their indices.
+        if bucket.index() == 0:
             self._begin_step()
-        self._last_index = None if bucket.is_last() else bucket.index()
         if self.calls == 0:
             self._watch()
         self.calls += 1
@@ -158,8 +165,8 @@ class HookState:
         return self._reduce_compressed(plan, buffer, plan.channel)
 
     def _begin_step(self) -> None:
-        if self._scaler is not None and self._feedback:
-            self._scaler.check_step()
+        if self._scaler is not None:
+            self._begins_update = self._scaler.begins_update()
         self._follow_scaler()
         if self.step < self._warmup_steps or self._group().size() == 1:
             self._uncompressed_steps += 1
@@ -214,9 +221,10 @@ class HookState:
         """Starts one part of a bucket; returns the worker's residual that it replaces, if any."""
         worker = server = None
         if part.binding is not None:
-            if self._rows == 2:
-                part.binding.save()
-                part.saved_at = self.step
+            if self._find_unused:
+                part.binding.save(_BEFORE_STEP)
+            if self._begins_update:
+                part.binding.save(_BEFORE_UPDATE)
             worker, server = part.binding.worker[0], part.binding.server[0]
         elif measured:
             # Without feedback a residual of zeros shows what is lost, and changes nothing.
@@ -243,24 +251,20 @@ class HookState:
         """
         for slot, flag in zip(slots, used.to(torch.bool), strict=True):
             for tensor in self._memory[slot.name].tensors():
-                torch.where(flag, tensor[0], tensor[1], out=tensor[0])
+                torch.where(flag, tensor[0], tensor[_BEFORE_STEP], out=tensor[0])
             gradient = buffer.narrow(0, slot.offset, slot.numel)
             gradient.copy_(torch.where(flag, gradient, gradient.new_zeros(())))
 
-    @property
-    def _rows(self) -> int:
-        return 2 if self._scaler is not None or self._find_unused else 1
-
     def _follow_scaler(self) -> None:
-        """Brings the residuals into the loss scale of now, and, if the last step was skipped, back to before it."""
+        """Brings the residuals into the loss scale of now, and, if an update was skipped, back to before it."""
         scale = 1.0 if self._scaler is None else self._scaler.now()
         if scale == self._scale:
             return
         if scale < self._scale:
             for plan in self._plans.values():
                 for part in plan.parts:
-                    if part.binding is not None and part.saved_at == self.step:
-                        part.binding.restore()
+                    if part.binding is not None:
+                        part.binding.restore(_BEFORE_UPDATE)
         for residuals in self._memory.values():
             for tensor in residuals.tensors():
                 tensor.mul_(scale / self._scale)
@@ -324,7 +328,7 @@ class HookState:
         for parameter in parameters:
             _, given, name = self._named(parameter)
             choice = choose(given, parameter, self._codec, self._codec_for)
-            self._check_residuals(name, parameter.numel(), choice)
+            self._check_residuals(self._memory.get(name), name, parameter.numel(), choice)
             names.append(name)
             choices.append(choice)
         return slots_of(bucket, names, choices)
@@ -335,8 +339,8 @@ class HookState:
             self._unnamed += 1
         return self._names[id(parameter)]
 
-    def _check_residuals(self, name: str, numel: int, choice: Choice) -> None:
-        residuals = self._memory.get(name)
+    @staticmethod
+    def _check_residuals(residuals: Residuals | None, name: str, numel: int, choice: Choice) -> None:
         if residuals is None:
             return
         spelling = None if choice.codec is None else choice.codec.spelling
@@ -418,11 +422,15 @@ class HookState:
             ValueError: The state is of another rank, world size, seed, model, or codec, or is none at all. A HookState
                 without ``module`` finds another model or codec out at its next step.
         """
-        if state_dict.get("format") != _FORMAT:
-            raise ValueError(f"not a state of smallreduce.ddp in format {_FORMAT}, got {state_dict.get('format')!r}")
+        given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict)
+        if given != _FORMAT:
+            raise ValueError(f"not a state of smallreduce.ddp in format {_FORMAT}, got {given!r}")
         for key, kind in {**_ENTRIES, "parameters": Mapping}.items():
             if not isinstance(state_dict.get(key), kind):
                 raise ValueError(f"state_dict[{key!r}] must be of type {kind.__name__}, got {state_dict.get(key)!r}")
+        step, scale = state_dict["step"], state_dict["loss_scale"]
+        if step < 0 or not 0 < scale < math.inf:
+            raise ValueError(f"a state must have a step >= 0 and a finite, positive loss_scale, got {step} and {scale}")
         group = self._group()
         mine, theirs = (group.rank(), group.size()), (state_dict["rank"], state_dict["world_size"])
         if mine != theirs:
@@ -437,30 +445,23 @@ class HookState:
         }
         if memory and not self._feedback:
             raise ValueError("this state has residuals, but feedback is off")
-        previous, self._memory = self._memory, memory
-        try:
-            self._check_names()
-        except ValueError:
-            self._memory = previous
-            raise
-        self.step = state_dict["step"]
-        self._scale = state_dict["loss_scale"]
-        self._last_index = None
+        self._check_names(memory)
+        self._memory, self.step, self._scale = memory, step, scale
         if self._scaler is not None:
             self._scaler.forget()
         for plan in self._plans.values():
             self._retired.add(plan.count)
         self._plans.clear()
 
-    def _check_names(self) -> None:
+    def _check_names(self, memory: Mapping[str, Residuals]) -> None:
         named = {name: p for p, given, name in self._names.values() if given is not None}
         if not named:
             return
-        if unknown := sorted(self._memory.keys() - named.keys()):
+        if unknown := sorted(map(str, memory.keys() - named.keys())):
             raise ValueError(f"this state has residuals of {', '.join(unknown)}, which the model does not have")
-        for name in self._memory:
-            parameter = named[name]
-            self._check_residuals(name, parameter.numel(), choose(name, parameter, self._codec, self._codec_for))
+        for name, residuals in memory.items():
+            choice = choose(name, named[name], self._codec, self._codec_for)
+            self._check_residuals(residuals, name, named[name].numel(), choice)
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
