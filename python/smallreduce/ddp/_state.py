@@ -165,10 +165,10 @@ class HookState:
         return self._reduce_compressed(plan, buffer, plan.channel)
 
     def _begin_step(self) -> None:
-        if self._scaler is not None:
+        if self._scaler is not None and not self._alone():
             self._begins_update = self._scaler.begins_update()
         self._follow_scaler()
-        if self.step < self._warmup_steps or self._group().size() == 1:
+        if self.step < self._warmup_steps or self._alone():
             self._uncompressed_steps += 1
         self.step += 1
         self._steps += 1
