@@ -167,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, default=4)
     add("--batch", type=int, default=8, help="sequences per rank and step")
     add("--context", type=int, default=128, help="bytes per sequence")
-    add("--lr", type=float, default=3e-3, help="peak learning rate")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, default=25, metavar="STEPS", help="steps between validations")
     add("--checkpoint", type=Path, metavar="FILE", help="write the state to FILE")
