@@ -29,15 +29,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def root_network() -> tuple[set[str], str]:
-    links = json.loads(subprocess.run(["ip", "-j", "link", "show"], check=True, capture_output=True).stdout)
-    return {link["ifname"] for link in links}, subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+    ip = slow_network.tool("ip")
+    links = json.loads(subprocess.run([ip, "-j", "link", "show"], check=True, capture_output=True).stdout)
+    return {link["ifname"] for link in links}, subprocess.run([ip, "netns"], capture_output=True, text=True).stdout
 
 
 def test_ranks_see_torchruns_environment_and_a_limited_link(tmp_path: Path) -> None:
     before = root_network()
     rank = (
         "import json, os, subprocess, sys; from pathlib import Path;"
-        "link = subprocess.run(['tc', 'qdisc', 'show', 'dev', 'eth0'], capture_output=True, text=True).stdout;"
+        f"show = ['{slow_network.tool('tc')}', 'qdisc', 'show', 'dev', 'eth0'];"
+        "link = subprocess.run(show, capture_output=True, text=True).stdout;"
         "Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps([dict(os.environ), link]))"
     )
     process = start(
