@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -52,6 +53,18 @@ def test_spelling(codec: sr.Codec, spelling: str) -> None:
     assert pickle.loads(pickle.dumps(codec)) == codec
 
 
+def test_rounding_left_open_is_stochastic_until_feedback_repays_a_bias() -> None:
+    for bits, hadamard in itertools.product((8, 4, 2), (False, True)):
+        left_open, nearest, stochastic = (
+            sr.IntQuant(bits, 64, rounding, hadamard) for rounding in (None, "nearest", "stochastic")
+        )
+        assert left_open.format == stochastic.format != nearest.format
+        assert left_open.with_feedback() == nearest.with_feedback() == nearest
+        assert stochastic.with_feedback() == stochastic
+    for other in (sr.Sign(), sr.Cast(torch.bfloat16)):
+        assert other.with_feedback() == other
+
+
 def test_no_codec() -> None:
     assert sr.codec(None) is None
 
@@ -68,7 +81,7 @@ def test_no_codec() -> None:
         ("int4:group=-32", "whole number"),
         ("int4:group=33", "multiple of 32"),
         ("int4:group=64,group=64", "twice"),
-        ("int4:rounding=up", "'stochastic' or 'nearest'"),
+        ("int4:rounding=up", "'stochastic', 'nearest' or None"),
         ("int4:ratio=1", "group and rounding"),
         ("sign:rounding=nearest", "takes group"),
         ("sign-hadamard", "known are"),

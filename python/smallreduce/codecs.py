@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -60,6 +60,10 @@ class Codec(ABC):
     def spelling(self) -> str:
         """The short form that :func:`codec` parses back, such as ``"int4:group=64"``; also ``str()`` of the codec."""
 
+    def with_feedback(self) -> Codec:
+        """The codec to be used where error feedback makes up for what it loses; most often itself."""
+        return self
+
     @property
     def bits_per_element(self) -> float:
         """Bits on the wire for each element of a long tensor: code and share of the scale, headers left out."""
@@ -86,7 +90,8 @@ class IntQuant(Codec):
         bits: 8, 4 or 2.
         group: Elements that share a scale: a multiple of 32 up to 2 097 120. Smaller is more exact and larger on the
             wire: ``bits + 16 / group`` bits for each element.
-        rounding: ``"stochastic"`` (unbiased) or ``"nearest"``.
+        rounding: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance, and faster), or None: nearest where
+            error feedback makes up for the bias, stochastic where nothing does. Packets do not tell one from the other.
         hadamard: Multiply every 32 elements by a Hadamard matrix first, which spreads an outlier over its block
             (SDP4Bit, arXiv:2410.15526, section 3.3). Sums are taken in the transformed domain.
 
@@ -97,7 +102,7 @@ class IntQuant(Codec):
 
     bits: Literal[8, 4, 2]
     group: int = 128
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    rounding: Literal["stochastic", "nearest"] | None = None
     hadamard: bool = False
 
     _KINDS: ClassVar[dict[int, int]] = {2: 18, 4: 20, 8: 24}
@@ -108,14 +113,17 @@ class IntQuant(Codec):
         if self.bits not in self._KINDS:
             raise ValueError(f"bits must be 8, 4 or 2, got {self.bits}")
         _check_group(self.group)
-        if self.rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {self.rounding!r}")
+        if self.rounding not in ("stochastic", "nearest", None):
+            raise ValueError(f"rounding must be 'stochastic', 'nearest' or None, got {self.rounding!r}")
         if not isinstance(self.hadamard, bool):
             raise TypeError(f"hadamard must be a bool, got {type(self.hadamard).__name__}")
 
     @property
     def format(self) -> Format:
-        return Format(self._KINDS[self.bits], self.group, self.hadamard, self.rounding == "stochastic")
+        return Format(self._KINDS[self.bits], self.group, self.hadamard, self.rounding != "nearest")
+
+    def with_feedback(self) -> IntQuant:
+        return replace(self, rounding="nearest") if self.rounding is None else self
 
     @property
     def code_bits(self) -> int:
@@ -124,7 +132,7 @@ class IntQuant(Codec):
     @property
     def spelling(self) -> str:
         options = [f"group={self.group}"] if self.group != 128 else []
-        options += [f"rounding={self.rounding}"] if self.rounding != "stochastic" else []
+        options += [f"rounding={self.rounding}"] if self.rounding is not None else []
         name = f"int{self.bits}" + ("-hadamard" if self.hadamard else "")
         return ":".join([name, ",".join(options)]) if options else name
 
@@ -244,7 +252,7 @@ def codec(spelling: str | Codec | None) -> Codec | None:
     _refuse_unknown(spelling, options, ("group", "rounding"))
     return IntQuant(
         int(name[3]),  # type: ignore[arg-type]
-        rounding=options.get("rounding", "stochastic"),  # type: ignore[arg-type]
+        rounding=options.get("rounding"),  # type: ignore[arg-type]
         hadamard=name.endswith("-hadamard"),
         **_group(spelling, options),
     )
