@@ -41,7 +41,7 @@ def dyadic(numel: int, rank: int, seed: int = 0) -> Tensor:
 def composed_all_reduce(everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
     """The all-reduce of every rank's flat tensor."""
     world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
-    chunks = chunk_count(numel)
+    chunks = chunk_count(numel, world)
     layout = Layout.build([(0, numel)], codec.format, dtype, packets=chunks * world)
     stride = layout.stride
     sent = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -24,7 +25,7 @@ def _eighty(rank: int, world: int) -> None:
         if kind < 3:
             everyones = inputs(numel, world, torch.float32, seed=number)
             x = everyones[rank].clone()
-            works.append(sr.all_reduce(x, codec, async_op=True, seed=number))
+            works.append(sr.all_reduce(x, codec, async_op=number % 10 != 7, seed=number))
             results.append(x)
             expected.append(composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=number))
         elif kind == 3:
@@ -50,16 +51,17 @@ def _eighty(rank: int, world: int) -> None:
     random.Random(rank).shuffle(order)
     for number in order:
         work = works[number]
-        assert work is not None
-        work.wait()
+        if work is not None:
+            work.wait()
         assert torch.equal(results[number], expected[number]), number
     for number, counts, own in reversed(torchs_own):
         own.wait()
         assert torch.equal(counts, torch.full((50,), float(number * world)))
 
 
-def test_eighty_in_flight_on_three_ranks() -> None:
-    run(_eighty, 3)
+@pytest.mark.parametrize("world", [2, 3])
+def test_eighty_in_flight(world: int) -> None:
+    run(_eighty, world)
 
 
 def _gaps_between_segments(rank: int, world: int) -> None:

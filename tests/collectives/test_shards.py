@@ -44,7 +44,7 @@ def test_composition(world: int) -> None:
 def _several_chunks(rank: int, world: int) -> None:
     numel = 3_000_007
     codec = sr.IntQuant(4)
-    assert chunk_count(world * numel) > 1
+    assert chunk_count(world * numel, world) > 1
     everyones = inputs(world * numel, world, torch.float32)
     out = torch.empty(numel)
     sr.reduce_scatter(out, everyones[rank], codec, seed=4)

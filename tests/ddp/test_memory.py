@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smallreduce import IntQuant
+from smallreduce import IntQuant, Sign
 from smallreduce.ddp import _memory
 from smallreduce.ddp._memory import Residuals, Shard
 from smallreduce.ddp._policy import Choice, choose
@@ -83,18 +83,20 @@ def test_saved_residuals_that_do_not_hold_together_are_refused() -> None:
 def test_which_codec_a_parameter_takes() -> None:
     int4 = IntQuant(4)
     matrix, vector, double = torch.zeros(2, 2), torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)
-    assert choose("a", matrix, int4, None) == Choice(int4)
-    assert choose("a", matrix, None, None) == Choice(None, "the codec is None")
-    assert choose("a", vector, int4, None) == Choice(None, "fewer than two dimensions")
-    assert choose("a", double, int4, None).reason == "no codec takes torch.float64"
+    assert choose("a", matrix, int4, None, False) == Choice(int4)
+    assert choose("a", matrix, None, None, False) == Choice(None, "the codec is None")
+    assert choose("a", vector, int4, None, False) == Choice(None, "fewer than two dimensions")
+    assert choose("a", double, int4, None, False).reason == "no codec takes torch.float64"
+    assert choose("a", matrix, int4, None, True) == Choice(IntQuant(4, rounding="nearest"))
+    assert choose("a", matrix, Sign(), None, True) == Choice(Sign())
     # A rule is asked about everything, and has the last word.
     rule = {"a": "int8", "b": int4, "c": None, "d": "fp32"}
-    assert choose("a", vector, int4, lambda name, _: rule[str(name)]) == Choice(IntQuant(8))
-    assert choose("b", vector, None, lambda name, _: rule[str(name)]) == Choice(int4)
-    assert choose("c", matrix, int4, lambda name, _: rule[str(name)]).codec is None
-    assert choose("d", matrix, int4, lambda name, _: rule[str(name)]).codec is None
-    assert choose("d", matrix.bfloat16(), int4, lambda name, _: rule[str(name)]).codec is not None
+    assert choose("a", vector, int4, lambda name, _: rule[str(name)], False) == Choice(IntQuant(8))
+    assert choose("b", vector, None, lambda name, _: rule[str(name)], False) == Choice(int4)
+    assert choose("c", matrix, int4, lambda name, _: rule[str(name)], False).codec is None
+    assert choose("d", matrix, int4, lambda name, _: rule[str(name)], False).codec is None
+    assert choose("d", matrix.bfloat16(), int4, lambda name, _: rule[str(name)], False).codec is not None
     with pytest.raises(ValueError, match="int5"):
-        choose("a", matrix, int4, lambda *_: "int5")
+        choose("a", matrix, int4, lambda *_: "int5", False)
     with pytest.raises(TypeError, match="float64"):
-        choose("a", double, None, lambda *_: "int4")
+        choose("a", double, None, lambda *_: "int4", False)

@@ -12,7 +12,7 @@ from smallreduce import ops
 from smallreduce._layout import Layout
 from smallreduce.codecs import Codec
 from smallreduce.collectives import _call
-from smallreduce.collectives._channel import Channel
+from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Start
 from smallreduce.collectives._compat import all_gather_single
 from smallreduce.collectives._engine import Engine, chunk_count, chunk_spans, stage_seed
 from smallreduce.collectives._work import Work
@@ -27,7 +27,7 @@ class AllGather(Engine):
 
     def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel, world), codec)
         chunks = len(spans)
         format = codec.format
         shard = Layout.build(spans, format, dtype, chunks, range(chunks))
@@ -48,7 +48,7 @@ class AllGather(Engine):
         step: int | Tensor = 0,
         value: Tensor | None = None,
         after: Callable[[], None] | None = None,
-        agreed: Callable[[], None] | None = None,
+        start: Start = IN_BACKGROUND,
     ) -> Work:
         """Starts it; see :meth:`AllReduce.launch`. ``input`` may be this rank's part of ``output``."""
         self._claim(after, output, input)
@@ -56,7 +56,7 @@ class AllGather(Engine):
         self._seed = stage_seed(seed, bucket, self.channel.rank, 0)
         self._at_step = self._step(step)
         work = Work(output if value is None else value, self.bytes_sent)
-        self.channel.run(self, work, agreed)
+        self.channel.run(self, work, start)
         return work
 
     def _mine(self, chunk: int) -> Tensor:
@@ -66,10 +66,10 @@ class AllGather(Engine):
     def encode(self, chunk: int) -> None:
         ops.encode(self._input, self._shards[chunk], self._mine(chunk), None, self._seed, self._at_step)
 
-    def send(self, chunk: int) -> dist.Work:
-        return all_gather_single(self._sent[chunk], self._mine(chunk), self.channel.first)
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self.channel.all_gather(self._sent[chunk], self._mine(chunk), tag)
 
-    def turn(self, chunk: int) -> None:
+    def turn(self, chunk: int, tag: int) -> None:
         """There is one stage only."""
 
     def finish(self, chunk: int) -> None:
@@ -132,9 +132,9 @@ def all_gather(
         copy_back()
         channel.keep(key, engine)
 
-    def start(agreed: Callable[[], None] | None) -> Work:
+    def begin(start: Start) -> Work:
         assert engine is not None
-        return engine.launch(result, flat, base, value=out, after=after, agreed=agreed)
+        return engine.launch(result, flat, base, value=out, after=after, start=start)
 
     text = f"all_gather of {x.numel()} elements of {x.dtype} from each rank, codec {chosen}"
     if engine is None:
@@ -143,4 +143,4 @@ def all_gather(
         return _call.run(
             channel, text, _call.plain(channel, "all_gather", out, nbytes, issue, copy_back), True, async_op
         )
-    return _call.run(channel, text, start, True, async_op)
+    return _call.run(channel, text, begin, True, async_op)

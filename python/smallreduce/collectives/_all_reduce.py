@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.codecs import Codec
 from smallreduce.collectives import _call
+from smallreduce.collectives._channel import Start
 from smallreduce.collectives._engine import AllReduce
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback, Owner
@@ -60,6 +59,8 @@ def all_reduce(
         chosen = _call.parse(codec, x, "x", channel)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
+        if chosen is not None and feedback is not None:
+            chosen = chosen.with_feedback()
         _call.check_written(x, "x")
         base = _call.check_seed(seed, counted, feedback)
         if average and not (x.is_floating_point() or x.is_complex()):
@@ -92,10 +93,10 @@ def all_reduce(
         copy_back()
         channel.keep(key, engine)
 
-    def start(agreed: Callable[[], None] | None) -> Work:
+    def begin(start: Start) -> Work:
         assert engine is not None
         step = 0 if feedback is None else feedback.step
-        work = engine.launch(flat, op, worker, server, base, 0, step, x, after, agreed)
+        work = engine.launch(flat, op, worker, server, base, 0, step, x, after, start)
         if feedback is not None:
             feedback.advance(base)
         return work
@@ -106,4 +107,4 @@ def all_reduce(
         return _call.run(channel, text, _call.plain(channel, "all_reduce", x, nbytes, issue, copy_back), True, async_op)
     # Encoding replaces the residual, so with feedback nothing may be encoded before it is sure to be sent.
     text += " with feedback" if worker is not None else " without feedback"
-    return _call.run(channel, text, start, worker is None, async_op)
+    return _call.run(channel, text, begin, worker is None, async_op)

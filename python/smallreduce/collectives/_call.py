@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smallreduce.codecs import Cast, Codec, as_int, check_elements, codec
 from smallreduce.collectives._agreement import Agreement, refuse
-from smallreduce.collectives._channel import Channel, Stages, channel_of
+from smallreduce.collectives._channel import Channel, Exchange, Stages, Start, channel_of
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback
 
@@ -136,11 +136,10 @@ class Plain(Stages):
     def encode(self, chunk: int) -> None:
         """There is nothing to encode."""
 
-    def send(self, chunk: int) -> dist.Work:
-        self._sent = self._issue()
-        return self._sent
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self._issue()
 
-    def turn(self, chunk: int) -> None:
+    def turn(self, chunk: int, tag: int) -> None:
         """There is no second stage."""
 
     def finish(self, chunk: int) -> None:
@@ -150,24 +149,22 @@ class Plain(Stages):
         """There are no buffers to give back."""
 
 
-def run(
-    channel: Channel, text: str, start: Callable[[Callable[[], None] | None], Work], overlap: bool, async_op: bool
-) -> Work | None:
+def run(channel: Channel, text: str, begin: Callable[[Start], Work], overlap: bool, async_op: bool) -> Work | None:
     """Compares ``text`` over the ranks, starts the collective and waits for it unless ``async_op``.
 
     Args:
-        start: Starts it; calls its argument, if there is one, before anything is sent, to learn that all ranks agree.
-        overlap: Whether ``start`` may do its first encoding before that is known.
+        begin: Starts it.
+        overlap: Whether ``begin`` may do its first encoding before that is known.
     """
     if _agrees(channel):
         with channel.in_step():
             agreement = Agreement(channel, text)
             if not overlap:
                 agreement.check()
-            work = start(agreement.check if overlap else None)
+            work = begin(Start(agreement.check if overlap else None, background=async_op))
         work.bytes_sent += Agreement.nbytes(channel.world_size)
     else:
-        work = start(None)
+        work = begin(Start(background=async_op))
     if async_op:
         return work
     work.wait()
@@ -176,15 +173,15 @@ def run(
 
 def plain(
     channel: Channel, name: str, value: Tensor, nbytes: int, issue: Callable[[], dist.Work], after: Callable[[], Any]
-) -> Callable[[Callable[[], None] | None], Work]:
+) -> Callable[[Start], Work]:
     """For :func:`run`: starts torch's own collective, which sends ``nbytes``."""
 
-    def start(agreed: Callable[[], None] | None) -> Work:
+    def begin(start: Start) -> Work:
         work = Work(value, nbytes)
-        channel.run(Plain(name, issue, after), work, agreed)
+        channel.run(Plain(name, issue, after), work, start)
         return work
 
-    return start
+    return begin
 
 
 def alone(value: Tensor, async_op: bool) -> Work | None:

@@ -1,38 +1,63 @@
-"""What a process group needs to run collectives of several stages: an order in which the stages are issued.
+"""What a process group needs to run collectives of several stages: that the stages of several in flight do not cross.
 
-A compressed collective is two of torch's, with a kernel between them. Ranks match collectives by the order in which
-they are issued on a group, so the second stages of several in flight must come in the same order everywhere, whenever
-their first stages end. :class:`ThreadedChannel` (gloo, and any other backend for CPU tensors) and
-:class:`StreamChannel` (NCCL) guarantee that.
+A compressed collective is two exchanges with a kernel between them, and the kernel runs when the first exchange ends,
+which is in no certain order. Ranks match torch's collectives by the order in which they are issued on a group, messages
+by number. :class:`ThreadedChannel` (gloo, and any other backend for CPU tensors) and :class:`StreamChannel` (NCCL) keep
+to the one or the other.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from smallreduce.collectives._compat import all_gather_single, all_to_all_single
 from smallreduce.collectives._work import Work
 
-__all__ = ["Channel", "Disagreement", "Stages", "channel_of", "shutdown"]
+__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Exchange", "Stages", "Start", "channel_of", "shutdown"]
 
 _IDLE_KEPT = 4
 
 
 class Disagreement(RuntimeError):
     """The ranks have found, together and before any data moved, that they cannot go on: they are still in step."""
+
+
+class Exchange(Protocol):
+    """Messages between the ranks, in flight."""
+
+    def wait(self) -> object:
+        """Blocks (NCCL: the current stream, not the thread) until they have arrived and what was sent may change."""
+
+
+class Start(NamedTuple):
+    """How a collective starts.
+
+    Attributes:
+        agreed: Called after the first chunk is encoded and before anything is sent; what it raises ends the collective.
+        background: The caller's thread goes on once everything is encoded; else, where it can (messages between two
+            ranks), it does all of the work itself, with nothing handed from thread to thread.
+    """
+
+    agreed: Callable[[], None] | None = None
+    background: bool = True
+
+
+IN_BACKGROUND = Start()
 
 
 class Stages(ABC):
@@ -46,12 +71,12 @@ class Stages(ABC):
         """Fills the chunk's packets. Caller's thread."""
 
     @abstractmethod
-    def send(self, chunk: int) -> dist.Work:
-        """Issues the first stage on ``channel.first``. Caller's thread."""
+    def send(self, chunk: int, tag: int) -> Exchange:
+        """Issues the first stage under the chunk's tag. Caller's thread."""
 
     @abstractmethod
-    def turn(self, chunk: int) -> dist.Work | None:
-        """Called when the first stage is over; may issue the second on ``channel.second``."""
+    def turn(self, chunk: int, tag: int) -> Exchange | None:
+        """Called when the first stage is over; may issue the second, under the same tag."""
 
     @abstractmethod
     def finish(self, chunk: int) -> None:
@@ -68,7 +93,7 @@ class Channel(ABC):
     Attributes:
         device: Where the tensors of this channel live.
         rank, world_size: In the group.
-        first, second: Process groups for the stages' collectives.
+        group: For collectives of torch's own that belong to ours.
         seeds: The group's counter for collectives that are given no seed.
         error: On CUDA the word on the device (int32) in which kernels, which cannot raise, leave that they have refused
             a packet. None on the CPU.
@@ -81,24 +106,31 @@ class Channel(ABC):
         self.rank = rank
         self.world_size = world_size
         self.seeds = itertools.count()
+        self._tags = itertools.count()
         self._failure: BaseException | None = None
         self._idle: OrderedDict[Hashable, list[Any]] = OrderedDict()
 
     @property
     @abstractmethod
-    def first(self) -> dist.ProcessGroup: ...
+    def group(self) -> dist.ProcessGroup: ...
 
-    @property
+    def next_tag(self) -> int:
+        """A number for messages. All ranks take theirs in the order of the program, so they take the same."""
+        return next(self._tags) % 2**31
+
     @abstractmethod
-    def second(self) -> dist.ProcessGroup: ...
+    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
+        """Starts to send the r-th W-th of ``input`` to rank r, as whose r-th W-th of ``output`` it arrives here."""
 
     @abstractmethod
-    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
-        """Takes ``stages`` through all chunks and completes ``work``. Returns when the first stage of all is issued.
+    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
+        """Starts to send ``mine``, which may be this rank's W-th of ``output``, to all ranks; ``second`` as a second
+        stage, which :meth:`Stages.turn` issues."""
 
-        Args:
-            agreed: Called after the first chunk is encoded and before anything is sent; what it raises is raised here.
-        """
+    @abstractmethod
+    def run(self, stages: Stages, work: Work, start: Start) -> None:
+        """Takes ``stages`` through all chunks and completes ``work``. Returns when the first stage of all is issued,
+        or, not in the background, perhaps later. What ``start.agreed`` raises is raised here."""
 
     def check(self) -> None:
         """Raises RuntimeError if an earlier failure has left the ranks of the group out of step."""
@@ -147,23 +179,60 @@ class Channel(ABC):
                 del self._idle[oldest]
 
 
+class _Messages:
+    """Of one exchange, each with its own handle."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+class _Later(Executor):
+    """Runs what is submitted to it in :meth:`run`."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.append((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def run(self) -> None:
+        for future, call in self._calls:
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+
 class ThreadedChannel(Channel):
-    """The order on gloo: that of the program, on two private clones of the group.
+    """Between two ranks numbered messages, among more gloo's collectives in the order of the program, on two private
+    clones of the group, so that the user's own collectives on the group are not in between.
 
-    The caller's thread encodes and issues the first stages on one clone. A first thread takes the chunks in order:
-    waits for the first stage, reduces, and issues the second on the other clone. A second thread takes them in order
-    again: waits and decodes. So each clone sees the same order on every rank, whatever the timing, and the user's own
-    collectives on the group are not in between. (Issued from callbacks of futures, the order would be that of arrival.)
+    A collective of gloo's goes through threads and buffers of its own, which messages spare; but among more than two
+    ranks it keeps the load on the links even, where messages to all at once meet in the queue before one receiver.
 
-    Both threads end after the work in flight, which the group's timeout bounds: when the channel is closed, when its
-    group is gone, or when Python exits (concurrent.futures joins them).
+    Collectives: the first stages are issued by the caller's thread on one clone, the second ones by a single thread on
+    the other, so each clone sees the same order on every rank. Messages: each carries the number of its chunk in the
+    order of the program, so they find each other whatever the order of issue. One clone takes those to the higher rank,
+    the other those to the lower, since gloo's thread for incoming data spins for as long as another writes to the same
+    connection.
+
+    The caller's thread encodes and issues the first stages. In the background one thread takes the chunks in order,
+    waits for the first stage, reduces and issues the second; another takes them in order again, waits and decodes. Both
+    end after the work in flight, which the group's timeout bounds: when the channel is closed, when its group is gone,
+    or when Python exits (concurrent.futures joins them).
     """
 
     device = torch.device("cpu")
 
     def __init__(self, group: dist.ProcessGroup, generation: int) -> None:
         super().__init__(group.rank(), group.size())
-        self._clones = [_clone(group, f"{stage}{generation}") for stage in ("first", "second")]
+        self._clones = [_clone(group, f"{name}{generation}") for name in ("first", "second")]
         # torch.distributed keeps every group that it knows of until it is destroyed.
         self._abandoned = weakref.finalize(self, _destroy_elsewhere, self._clones)
         self._abandoned.atexit = False  # _close_all comes first
@@ -173,12 +242,29 @@ class ThreadedChannel(Channel):
         _open_channels.add(self)
 
     @property
-    def first(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
         return self._clones[0]
 
-    @property
-    def second(self) -> dist.ProcessGroup:
-        return self._clones[1]
+    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
+        if self.world_size != 2:
+            return all_to_all_single(output, input, self._clones[0])
+        return self._swap(output, input.chunk(2)[1 - self.rank], input.chunk(2)[self.rank], tag)
+
+    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
+        if self.world_size != 2:
+            return all_gather_single(output, mine, self._clones[second])
+        return self._swap(output, mine, mine, tag)
+
+    def _swap(self, output: Tensor, sent: Tensor, kept: Tensor, tag: int) -> Exchange:
+        """Starts to send to the other of two ranks; its part of ``output`` arrives, ours is ``kept``."""
+        parts = output.chunk(2)
+        other = 1 - self.rank
+        # What is awaited comes first, so that it has a place when it arrives.
+        received = self._clones[self.rank].recv([parts[other]], other, tag)
+        works = [received, self._clones[other].send([sent], other, tag)]
+        if parts[self.rank].data_ptr() != kept.data_ptr():
+            parts[self.rank].copy_(kept)
+        return _Messages(works)
 
     def borrow(self, key: Hashable) -> Any | None:
         with self._lock:
@@ -191,24 +277,31 @@ class ThreadedChannel(Channel):
     def use(self, *tensors: Tensor | None) -> None:
         """The engine holds them for as long as it runs."""
 
-    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
+    def run(self, stages: Stages, work: Work, start: Start) -> None:
+        # Second stages that are collectives come from one thread.
+        background = start.background or self.world_size != 2
+        reducer, finisher = (self._reducer, self._finisher) if background else (_Later(), _Later())
         with self.in_step():
             for chunk in range(stages.chunks):
                 stages.encode(chunk)
-                if chunk == 0 and agreed is not None:
-                    agreed()
-                sent = stages.send(chunk)
-                turned = self._reducer.submit(self._turn, stages, chunk, sent)
-                self._finisher.submit(self._finish, stages, chunk, turned, work)
+                if chunk == 0 and start.agreed is not None:
+                    start.agreed()
+                tag = self.next_tag()
+                sent = stages.send(chunk, tag)
+                turned = reducer.submit(self._turn, stages, chunk, tag, sent)
+                finisher.submit(self._finish, stages, chunk, turned, work)
+        for later in (reducer, finisher):
+            if isinstance(later, _Later):
+                later.run()
 
-    def _turn(self, stages: Stages, chunk: int, sent: dist.Work) -> dist.Work | None:
+    def _turn(self, stages: Stages, chunk: int, tag: int, sent: Exchange) -> Exchange | None:
         # Once a stage has failed, the second stages of this rank are one short: none may follow.
         self.check()
         with self.in_step():
             sent.wait()
-            return stages.turn(chunk)
+            return stages.turn(chunk, tag)
 
-    def _finish(self, stages: Stages, chunk: int, turned: Future[dist.Work | None], work: Work) -> None:
+    def _finish(self, stages: Stages, chunk: int, turned: Future[Exchange | None], work: Work) -> None:
         if work.is_completed():  # an earlier chunk has failed
             return
         try:
@@ -255,13 +348,17 @@ class StreamChannel(Channel):
         self._refused = torch.zeros(1, dtype=torch.int32).pin_memory()  # what it was after the last collective
 
     @property
-    def first(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
         group = self._group()
         if group is None:
             raise RuntimeError("the process group has been destroyed")
         return group
 
-    second = first
+    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
+        return all_to_all_single(output, input, self.group)
+
+    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
+        return all_gather_single(output, mine, self.group)
 
     def check(self) -> None:
         super().check()
@@ -280,19 +377,20 @@ class StreamChannel(Channel):
             if tensor is not None:
                 tensor.record_stream(self._stream)
 
-    def run(self, stages: Stages, work: Work, agreed: Callable[[], None] | None = None) -> None:
+    def run(self, stages: Stages, work: Work, start: Start) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with self.in_step(), torch.cuda.stream(self._stream):
             sent = []
             for chunk in range(stages.chunks):
                 stages.encode(chunk)
-                if chunk == 0 and agreed is not None:
-                    agreed()
-                sent.append(stages.send(chunk))
+                if chunk == 0 and start.agreed is not None:
+                    start.agreed()
+                tag = self.next_tag()
+                sent.append((tag, stages.send(chunk, tag)))
             gathered = []
-            for chunk, first in enumerate(sent):
+            for chunk, (tag, first) in enumerate(sent):
                 first.wait()
-                gathered.append(stages.turn(chunk))
+                gathered.append(stages.turn(chunk, tag))
             for chunk, second in enumerate(gathered):
                 if second is not None:
                     second.wait()

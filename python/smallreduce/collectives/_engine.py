@@ -18,20 +18,20 @@ from smallreduce import ops
 from smallreduce._layout import BLOCK, Layout
 from smallreduce._native import native
 from smallreduce.codecs import Codec
-from smallreduce.collectives._channel import Channel, Stages
-from smallreduce.collectives._compat import all_gather_single, all_to_all_single
+from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Stages, Start
 from smallreduce.collectives._work import Work
 
 __all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
 
-# Elements of a chunk at the most. A chunk costs each rank about half a millisecond of processor time in Python and
-# gloo; several in flight keep a slow link busy while the kernels run.
-CHUNK_NUMEL = 1 << 21
+# Elements of a chunk at the most, between two ranks. Each chunk costs handing-over between threads, gloo's and ours,
+# which weighs where the link is fast; several in flight keep a slow link busy while the kernels run. More ranks take
+# smaller ones: their connections drift apart, and a chunk waits for the slowest.
+CHUNK_NUMEL = 1 << 22
 
 
-def chunk_count(numel: int) -> int:
+def chunk_count(numel: int, world_size: int) -> int:
     """Into how many chunks a collective on ``numel`` elements is cut: the same on all ranks."""
-    return max(1, -(-numel // CHUNK_NUMEL))
+    return max(1, -(-numel * min(world_size, 8) // (2 * CHUNK_NUMEL)))
 
 
 def chunk_spans(numel: int, chunks: int, codec: Codec) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ class AllReduce(Engine):
 
     def __init__(self, segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        chunks = chunk_count(sum(length for _, length in segments))
+        chunks = chunk_count(sum(length for _, length in segments), world)
         self.codec = codec
         self.layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
         self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
@@ -143,7 +143,7 @@ class AllReduce(Engine):
         step: int | Tensor = 0,
         value: Tensor | None = None,
         after: Callable[[], None] | None = None,
-        agreed: Callable[[], None] | None = None,
+        start: Start = IN_BACKGROUND,
     ) -> Work:
         """Starts the all-reduce of ``buffer``; its segments hold the result when the Work is done.
 
@@ -155,7 +155,7 @@ class AllReduce(Engine):
                 may be an int64 tensor of one element on the buffer's device.
             value: What the Work's future gives; None: ``buffer``.
             after: Called when the result stands in the buffer and the engine is free, before the Work completes.
-            agreed: Called after the first encoding and before anything is sent.
+            start: How.
         """
         self._claim(after, buffer, worker, server)
         self._buffer = buffer
@@ -166,16 +166,16 @@ class AllReduce(Engine):
         self._seeds = [stage_seed(seed, bucket, self.channel.rank, stage) for stage in (0, 1)]
         self._at_step = self._step(step)
         work = Work(buffer if value is None else value, self.bytes_sent)
-        self.channel.run(self, work, agreed)
+        self.channel.run(self, work, start)
         return work
 
     def encode(self, chunk: int) -> None:
         ops.encode(self._buffer, self._layouts[chunk], self._sent[chunk], self._worker, self._seeds[0], self._at_step)
 
-    def send(self, chunk: int) -> dist.Work:
-        return all_to_all_single(self._received[chunk], self._sent[chunk], self.channel.first)
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self.channel.all_to_all(self._received[chunk], self._sent[chunk], tag)
 
-    def turn(self, chunk: int) -> dist.Work:
+    def turn(self, chunk: int, tag: int) -> Exchange:
         # What was sent has arrived, so its buffer takes the reduced packets.
         stride = self._layouts[chunk].stride
         gathered = self._sent[chunk]
@@ -184,7 +184,7 @@ class AllReduce(Engine):
             self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], mine,
             self._servers[chunk], self._seeds[1], self._at_step, self.channel.error,
         )  # fmt: skip
-        return all_gather_single(gathered, mine, self.channel.second)
+        return self.channel.all_gather(gathered, mine, tag, second=True)
 
     def finish(self, chunk: int) -> None:
         ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self.channel.error)

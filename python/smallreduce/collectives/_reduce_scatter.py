@@ -12,8 +12,8 @@ from smallreduce import ops
 from smallreduce._layout import Layout
 from smallreduce.codecs import Codec
 from smallreduce.collectives import _call
-from smallreduce.collectives._channel import Channel
-from smallreduce.collectives._compat import all_to_all_single, reduce_scatter_single
+from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Start
+from smallreduce.collectives._compat import reduce_scatter_single
 from smallreduce.collectives._engine import Engine, chunk_count, chunk_spans, factor_of, stage_seed
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback, Owner
@@ -32,7 +32,7 @@ class ReduceScatter(Engine):
 
     def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel, world), codec)
         chunks = len(spans)
         format = codec.format
         segments = [(rank * numel + offset, length) for rank in range(world) for offset, length in spans]
@@ -57,7 +57,7 @@ class ReduceScatter(Engine):
         step: int | Tensor = 0,
         value: Tensor | None = None,
         after: Callable[[], None] | None = None,
-        agreed: Callable[[], None] | None = None,
+        start: Start = IN_BACKGROUND,
     ) -> Work:
         """Starts it; see :meth:`AllReduce.launch`. ``input`` is left as it was."""
         self._claim(after, output, input, worker)
@@ -67,16 +67,16 @@ class ReduceScatter(Engine):
         self._seed = stage_seed(seed, bucket, self.channel.rank, 0)
         self._at_step = self._step(step)
         work = Work(output if value is None else value, self.bytes_sent)
-        self.channel.run(self, work, agreed)
+        self.channel.run(self, work, start)
         return work
 
     def encode(self, chunk: int) -> None:
         ops.encode(self._input, self._layouts[chunk], self._sent[chunk], self._worker, self._seed, self._at_step)
 
-    def send(self, chunk: int) -> dist.Work:
-        return all_to_all_single(self._received[chunk], self._sent[chunk], self.channel.first)
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self.channel.all_to_all(self._received[chunk], self._sent[chunk], tag)
 
-    def turn(self, chunk: int) -> None:
+    def turn(self, chunk: int, tag: int) -> None:
         stride = self._layouts[chunk].stride
         ops.reduce(
             self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], self._output,
@@ -128,6 +128,8 @@ def reduce_scatter(
         chosen = _call.parse(codec, x, "x", channel)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
+        if chosen is not None and feedback is not None:
+            chosen = chosen.with_feedback()
         base = _call.check_seed(seed, counted, feedback)
         if x.numel() % world:
             raise ValueError(f"x must have a multiple of {world} elements, one part for each rank, got {x.numel()}")
@@ -158,10 +160,10 @@ def reduce_scatter(
         copy_back()
         channel.keep(key, engine)
 
-    def start(agreed: Callable[[], None] | None) -> Work:
+    def begin(start: Start) -> Work:
         assert engine is not None
         step = 0 if feedback is None else feedback.step
-        work = engine.launch(result, flat, op, worker, base, 0, step, out, after, agreed)
+        work = engine.launch(result, flat, op, worker, base, 0, step, out, after, start)
         if feedback is not None:
             feedback.advance(base)
         return work
@@ -174,4 +176,4 @@ def reduce_scatter(
             channel, text, _call.plain(channel, "reduce_scatter", out, nbytes, issue, copy_back), True, async_op
         )
     text += " with feedback" if worker is not None else " without feedback"
-    return _call.run(channel, text, start, worker is None, async_op)
+    return _call.run(channel, text, begin, worker is None, async_op)

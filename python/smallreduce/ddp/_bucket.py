@@ -125,7 +125,7 @@ class BucketPlan:
     def reduce_exactly(self, buffer: torch.Tensor, channel: Channel) -> torch.futures.Future[torch.Tensor]:
         """Starts the reduction that DDP without a hook would do."""
         # DDP's own arithmetic: its bits depend on the factor coming before the sum.
-        work = dist.all_reduce(buffer.mul_(1.0 / channel.world_size), group=channel.first, async_op=True)
+        work = dist.all_reduce(buffer.mul_(1.0 / channel.world_size), group=channel.group, async_op=True)
         self.count.add_all_reduce(buffer, channel.world_size)
 
         def finish(future: torch.futures.Future[Any]) -> torch.Tensor:

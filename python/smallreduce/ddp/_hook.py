@@ -5,6 +5,7 @@
 
 import torch
 import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
 from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce.codecs import Codec
@@ -41,7 +42,7 @@ def register(
     codec_for: CodecFor | None = None,
     feedback: bool = True,
     warmup_steps: int = 0,
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: GradScaler | None = None,
     seed: int = 0,
     measure_every: int = 100,
 ) -> HookState:

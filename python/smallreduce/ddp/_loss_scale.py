@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 
-import torch
+from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -17,7 +17,7 @@ class LossScale:
         ddp: That model, if known.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, ddp: DistributedDataParallel | None) -> None:
+    def __init__(self, scaler: GradScaler, ddp: DistributedDataParallel | None) -> None:
         self._scaler = scaler
         # DDP holds the hook's state, in C++, where the garbage collector does not see it.
         self._ddp = None if ddp is None else weakref.ref(ddp)

@@ -22,8 +22,13 @@ class Choice:
     reason: str = ""
 
 
-def choose(name: str | None, parameter: torch.Tensor, default: Codec | None, codec_for: CodecFor | None) -> Choice:
+def choose(
+    name: str | None, parameter: torch.Tensor, default: Codec | None, codec_for: CodecFor | None, feedback: bool
+) -> Choice:
     """Applies the rule, or, without one, the default to parameters of two and more dimensions.
+
+    Args:
+        feedback: Error feedback makes up for what the codec loses.
 
     Raises:
         TypeError: The rule asks for a codec for a dtype that codecs do not take, or gives something that is no codec.
@@ -49,4 +54,4 @@ def choose(name: str | None, parameter: torch.Tensor, default: Codec | None, cod
         )
     if chosen == Cast(torch.float32) and parameter.dtype == torch.float32:
         return Choice(None, "a cast to its own type")
-    return Choice(chosen)
+    return Choice(chosen.with_feedback() if feedback else chosen)

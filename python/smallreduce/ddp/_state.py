@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
 from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce.codecs import Codec
@@ -77,7 +78,7 @@ class HookState:
         codec_for: CodecFor | None = None,
         feedback: bool = True,
         warmup_steps: int = 0,
-        scaler: torch.amp.GradScaler | None = None,
+        scaler: GradScaler | None = None,
         seed: int = 0,
         find_unused_parameters: bool | None = None,
         measure_every: int = 100,
@@ -86,7 +87,7 @@ class HookState:
         self._codec = parse_codec(codec)
         if codec_for is not None and not callable(codec_for):
             raise TypeError(f"codec_for must be callable, got {type(codec_for).__name__}")
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         for name, count in (("warmup_steps", warmup_steps), ("measure_every", measure_every)):
             if isinstance(count, bool) or not isinstance(count, int):
@@ -181,14 +182,14 @@ class HookState:
         exact = [buffer.narrow(0, slot.offset, slot.numel) for slot in plan.exact]
         together = torch.cat(exact).mul_(1.0 / channel.world_size) if exact else None
         if together is not None:
-            futures.append(dist.all_reduce(together, group=channel.first, async_op=True).get_future())
+            futures.append(dist.all_reduce(together, group=channel.group, async_op=True).get_future())
             plan.count.add_all_reduce(together, channel.world_size)
 
         compressed = [slot for part in plan.parts for slot in part.slots]
         used = None
         if self._find_unused and self._feedback:
             used = torch.stack([buffer.narrow(0, slot.offset, slot.numel).any() for slot in compressed]).to(torch.uint8)
-            futures.append(dist.all_reduce(used, dist.ReduceOp.MAX, group=channel.first, async_op=True).get_future())
+            futures.append(dist.all_reduce(used, dist.ReduceOp.MAX, group=channel.group, async_op=True).get_future())
             plan.count.add_all_reduce(used, channel.world_size)
 
         measured = bool(self._measure_every) and plan.compressed_steps % self._measure_every == 0
@@ -309,7 +310,7 @@ class HookState:
                     part.packet_blocks(),
                     rows=self._rows,
                     device=buffer.device,
-                    group=channel.first,
+                    group=channel.group,
                 )
                 count.collectives += part.binding.moved
                 count.bytes_sent += part.binding.nbytes_moved
@@ -327,11 +328,14 @@ class HookState:
         names, choices = [], []
         for parameter in parameters:
             _, given, name = self._named(parameter)
-            choice = choose(given, parameter, self._codec, self._codec_for)
+            choice = self._choose(given, parameter)
             self._check_residuals(self._memory.get(name), name, parameter.numel(), choice)
             names.append(name)
             choices.append(choice)
         return slots_of(bucket, names, choices)
+
+    def _choose(self, name: str | None, parameter: torch.Tensor) -> Choice:
+        return choose(name, parameter, self._codec, self._codec_for, self._feedback)
 
     def _named(self, parameter: torch.Tensor) -> tuple[torch.Tensor, str | None, str]:
         if id(parameter) not in self._names:
@@ -373,7 +377,7 @@ class HookState:
             lines = []
             for parameter in parameters:
                 _, given, name = self._named(parameter)
-                choice = choose(given, parameter, self._codec, self._codec_for)
+                choice = self._choose(given, parameter)
                 lines.append(f"{name}: {parameter.dtype}, {self._line(parameter.numel(), choice)}")
             return lines
 
@@ -460,7 +464,7 @@ class HookState:
         if unknown := sorted(map(str, memory.keys() - named.keys())):
             raise ValueError(f"this state has residuals of {', '.join(unknown)}, which the model does not have")
         for name, residuals in memory.items():
-            choice = choose(name, named[name], self._codec, self._codec_for)
+            choice = self._choose(name, named[name])
             self._check_residuals(residuals, name, named[name].numel(), choice)
 
     # ---- figures ----------------------------------------------------------------------------------------------------
