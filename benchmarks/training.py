@@ -5,9 +5,10 @@
 
 The model, the corpus and the schedule are those of ``examples/train_gpt.py``; every method starts from the same
 parameters and sees the same batches. Methods: ``ddp`` (DistributedDataParallel as it is), ``fp16`` (torch's
-fp16_compress_hook), ``powersgd-R`` (torch's powerSGD_hook of rank R, with its error feedback and warm start, from the
-third step on, and all gradients in one bucket), and any codec of smallreduce (``int4``, ``sign``, ...) with error
-feedback. For each it reports
+fp16_compress_hook), ``powersgd-R`` (torch's powerSGD_hook of rank R, with its error feedback and warm start, and all
+gradients in one bucket), and any codec of smallreduce (``int4``, ``sign``, ...) with error feedback. PowerSGD and the
+codecs leave the first ``--uncompressed-steps`` as they are (PowerSGD at least two, without which it has no feedback).
+For each method it reports
 
 step       seconds of a training step, the slowest rank's, median and spread over the steps after ``--warmup-steps``
 compute    the same with the backward pass under ``no_sync()``, where nothing is compressed or sent: ``--compute-steps``
@@ -63,7 +64,7 @@ class Run:
     wrong: int
 
 
-def install(method: str, ddp: DistributedDataParallel) -> None:
+def install(method: str, ddp: DistributedDataParallel, uncompressed_steps: int) -> None:
     """Registers the communication hook of ``method`` with ``ddp``."""
     if method == "ddp":
         return
@@ -73,11 +74,11 @@ def install(method: str, ddp: DistributedDataParallel) -> None:
         state = powerSGD_hook.PowerSGDState(
             process_group=None,
             matrix_approximation_rank=int(method.removeprefix("powersgd-")),
-            start_powerSGD_iter=2,  # the least that it takes with error feedback
+            start_powerSGD_iter=max(2, uncompressed_steps),  # 2 is the least that it takes with error feedback
         )
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     else:
-        sr.ddp.register(ddp, method)
+        sr.ddp.register(ddp, method, warmup_steps=uncompressed_steps)
 
 
 def slowest(seconds: list[float]) -> list[float]:
@@ -109,7 +110,7 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
     # later collectives from callbacks, whose order may differ between ranks. One bucket costs it the overlap.
     bucket_cap_mb = ONE_BUCKET_MB if method.startswith("powersgd-") else None
     ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
-    install(method, ddp)
+    install(method, ddp, args.uncompressed_steps)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed * world_size + rank)
     sampler = batches(training, batch=args.batch, context=args.context, generator=generator)
@@ -220,17 +221,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup-steps", type=int, default=5, help="left out of times and bytes")
+    parser.add_argument("--uncompressed-steps", type=int, default=0, help="first steps of PowerSGD and the codecs")
     parser.add_argument("--compute-steps", type=int, default=10, help="to measure the step without communication")
     parser.add_argument("--eval-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8, help="sequences per rank and step")
     parser.add_argument("--context", type=int, default=128, help="bytes per sequence")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.steps <= args.warmup_steps:
         parser.error("--steps must be more than --warmup-steps")
+    if not 0 <= args.uncompressed_steps <= args.warmup_steps:
+        parser.error("--uncompressed-steps must be from 0 to --warmup-steps, so that times and bytes are of one kind")
     if args.compute_steps < 1:
         parser.error("--compute-steps is at least 1")
     return args
