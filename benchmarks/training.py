@@ -233,8 +233,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps <= args.warmup_steps:
         parser.error("--steps must be more than --warmup-steps")
-    if not 0 <= args.uncompressed_steps <= args.warmup_steps:
-        parser.error("--uncompressed-steps must be from 0 to --warmup-steps, so that times and bytes are of one kind")
+    least = 2 if any(method.startswith("powersgd-") for method in args.methods) else 0
+    if not 0 <= max(least, args.uncompressed_steps) <= args.warmup_steps:
+        parser.error(
+            f"--warmup-steps must be at least {least} and --uncompressed-steps, so that times and bytes are of one kind"
+        )
     if args.compute_steps < 1:
         parser.error("--compute-steps is at least 1")
     return args

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import smallreduce as sr
+from ddp.training import loss_of, mlp, wrap
 from ranks import outcomes, run
 from smallreduce.collectives import AllReduce, _call, channel_of
 from smallreduce.collectives._agreement import Agreement
@@ -258,12 +259,17 @@ def _fails_after_the_agreement(rank: int, world: int, where: type, method: str) 
         with pytest.raises(RuntimeError, match=r"failed \(Ctrl-C\).*out of step"):
             sr.all_reduce(x, "int4")
         dist.destroy_process_group()
+    elif method == "finish":  # by then all has been sent
+        sr.all_reduce(x, "int4")
     else:
         with pytest.raises(RuntimeError):
             sr.all_reduce(x, "int4")
 
 
-@pytest.mark.parametrize(("where", "method"), [(Agreement, "_compare"), (AllReduce, "encode"), (AllReduce, "send")])
+@pytest.mark.parametrize(
+    ("where", "method"),
+    [(Agreement, "_compare"), *((AllReduce, stage) for stage in ("encode", "send", "turn", "finish"))],
+)
 def test_a_failure_after_the_agreement_closes_the_channel(where: type, method: str) -> None:
     run(_fails_after_the_agreement, 2, where, method, group_timeout=3)
 
@@ -307,7 +313,7 @@ def _dies_between(rank: int, world: int) -> float:
     return time.monotonic() - begin
 
 
-def _dies_in_the_middle(rank: int, world: int) -> float:
+def _dies_in_the_middle(rank: int, world: int, async_op: bool = True) -> float:
     from smallreduce.collectives import AllReduce
 
     if rank == 1:
@@ -322,10 +328,14 @@ def _dies_in_the_middle(rank: int, world: int) -> float:
         AllReduce.turn = fatal  # type: ignore[method-assign]
     begin = time.monotonic()
     x = torch.ones(8_000_000)
-    works = [sr.all_reduce(x, "int4", async_op=True)]
-    for work in works:
+    failed = r"smallreduce.all_reduce failed \(chunk \d of \d, rank \d of \d\)"
+    if not async_op:
+        with pytest.raises(RuntimeError, match=failed):
+            sr.all_reduce(x, "int4")
+    else:
+        work = sr.all_reduce(x, "int4", async_op=True)
         assert work is not None
-        with pytest.raises(RuntimeError, match=r"smallreduce.all_reduce failed \(chunk \d of \d, rank \d of \d\)"):
+        with pytest.raises(RuntimeError, match=failed):
             work.wait()
         with pytest.raises(RuntimeError, match="all_reduce failed"):
             work.get_future().wait()
@@ -336,7 +346,9 @@ def _dies_in_the_middle(rank: int, world: int) -> float:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", [_dies_between, _dies_in_the_middle])
+@pytest.mark.parametrize(
+    "function", [_dies_between, _dies_in_the_middle, functools.partial(_dies_in_the_middle, async_op=False)]
+)
 def test_a_rank_that_dies(function: Callable[[int, int], float], world: int) -> None:
     results = outcomes(function, world, timeout=40, group_timeout=_GROUP_TIMEOUT, keep=False)
     assert results[1].exitcode == -signal.SIGKILL
@@ -345,6 +357,30 @@ def test_a_rank_that_dies(function: Callable[[int, int], float], world: int) -> 
         assert results[rank].error is None, results[rank].traceback
         assert results[rank].value < _GROUP_TIMEOUT + 5
         assert results[rank].exitcode == 0, "it did not exit by itself"
+
+
+def _out_of_order(rank: int, world: int) -> None:
+    """One rank compares its arguments with the others while these are in a step: not an abort, but an error on all."""
+    ddp = wrap(mlp())
+    sr.ddp.register(ddp, "int4")
+    for step in range(3):
+        loss_of(ddp, rank, step).backward()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|connection|closed"):
+            sr.all_reduce(torch.ones(100_000), "int4")
+    else:
+        loss = loss_of(ddp, rank, 3)
+        with pytest.raises(RuntimeError, match=r"(?i)all_reduce failed|timed out|connection|closed"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_out_of_order(world: int) -> None:
+    results = outcomes(_out_of_order, world, timeout=40, group_timeout=_GROUP_TIMEOUT, keep=False)
+    for result in results:
+        assert result.ended, "it hung"
+        assert result.error is None, result.traceback
+        assert result.exitcode == 0
 
 
 def _hangs_at_nothing(rank: int, world: int) -> None:

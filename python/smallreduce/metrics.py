@@ -123,7 +123,7 @@ class CountingProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self._gloo.shutdown()
 
     def _forward(self, op: str, nbytes: int, method: Callable[..., dist.Work], *args: Any) -> dist.Work:
-        # gloo only enqueues here, so the lock is held for microseconds.
+        # gloo only enqueues here, or writes what the socket takes at once, so the lock is held for a moment.
         with self._counter.lock:
             # Mostly one number, but gloo makes a reduce_scatter of a list out of several collectives, a send of none.
             first = self._gloo._get_sequence_number_for_group()

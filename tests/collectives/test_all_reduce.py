@@ -64,8 +64,25 @@ def _several_chunks(rank: int, world: int) -> None:
     assert equal_bits(x, composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=3))
 
 
-def test_several_chunks() -> None:
-    run(_several_chunks, 2)
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_chunks(world: int) -> None:
+    run(_several_chunks, world)
+
+
+def _inference_mode_then_not(rank: int, world: int) -> None:
+    """What is kept from one call for the next serves in either mode."""
+    everyones = inputs(1000, world, torch.float32)
+    expected = composed_all_reduce(everyones, sr.IntQuant(4), dist.ReduceOp.AVG, seed=3)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            x = everyones[rank].clone()
+            sr.all_reduce(x, "int4", seed=3)
+            assert equal_bits(x, expected)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_inference_mode(world: int) -> None:
+    run(_inference_mode_then_not, world)
 
 
 def _plain_is_torchs_own(rank: int, world: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import unittest.mock
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import smallreduce as sr
 from collectives.compose import composed_all_gather, composed_all_reduce, composed_reduce_scatter, inputs
 from ranks import run
+from smallreduce.collectives import _engine
 
 _SIZES = [1000, 7, 20_011, 400]
 
@@ -59,9 +62,16 @@ def _eighty(rank: int, world: int) -> None:
         assert torch.equal(counts, torch.full((50,), float(number * world)))
 
 
+def _eighty_in_chunks(rank: int, world: int) -> None:
+    with unittest.mock.patch.object(_engine, "CHUNK_NUMEL", 8192):
+        assert _engine.chunk_count(max(_SIZES), world) > 2
+        _eighty(rank, world)
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_eighty_in_flight(world: int) -> None:
-    run(_eighty, world)
+@pytest.mark.parametrize("function", [_eighty, _eighty_in_chunks])
+def test_eighty_in_flight(function: Callable[[int, int], None], world: int) -> None:
+    run(function, world)
 
 
 def _gaps_between_segments(rank: int, world: int) -> None:

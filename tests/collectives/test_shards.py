@@ -57,8 +57,9 @@ def _several_chunks(rank: int, world: int) -> None:
     assert torch.equal(gathered, composed_all_gather(shards, codec, seed=4))
 
 
-def test_several_chunks() -> None:
-    run(_several_chunks, 2)
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_chunks(world: int) -> None:
+    run(_several_chunks, world)
 
 
 def _shapes(rank: int, world: int) -> None:

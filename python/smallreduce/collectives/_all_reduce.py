@@ -37,7 +37,8 @@ def all_reduce(
         codec: A codec, its spelling such as ``"int4"``, or None.
         op: ReduceOp.AVG (unlike torch, the default) or ReduceOp.SUM.
         group: None is the default group.
-        feedback: Residuals of this tensor, updated; not used by torch's own all-reduce.
+        feedback: Residuals of this tensor, updated; not used by torch's own all-reduce. An IntQuant whose rounding is
+            left open rounds to nearest with it, stochastically without.
         async_op: Return a :class:`Work`, to be waited for before ``x`` is touched again.
         seed: Any 64-bit integer, the same on all ranks; None takes that of the feedback's first collective or, without
             one, the next of the group's counter, which starts at 0.

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -106,7 +106,8 @@ class Channel(ABC):
         self.rank = rank
         self.world_size = world_size
         self.seeds = itertools.count()
-        self._tags = itertools.count()
+        # Kinds differ in size, so they must not meet even where ranks have lost their common order.
+        self._tags = {"packets": itertools.count(0, 2), "agreement": itertools.count(1, 2)}
         self._failure: BaseException | None = None
         self._idle: OrderedDict[Hashable, list[Any]] = OrderedDict()
 
@@ -114,9 +115,9 @@ class Channel(ABC):
     @abstractmethod
     def group(self) -> dist.ProcessGroup: ...
 
-    def next_tag(self) -> int:
+    def next_tag(self, kind: Literal["packets", "agreement"]) -> int:
         """A number for messages. All ranks take theirs in the order of the program, so they take the same."""
-        return next(self._tags) % 2**31
+        return next(self._tags[kind]) % 2**15  # MPI promises no more; far fewer are in flight
 
     @abstractmethod
     def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
@@ -187,7 +188,8 @@ class _Messages:
 
     def wait(self) -> None:
         for work in self._works:
-            work.wait()
+            if not work.wait():
+                raise RuntimeError("a message between the ranks was aborted")
 
 
 class _Later(Executor):
@@ -239,7 +241,14 @@ class ThreadedChannel(Channel):
         self._reducer = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-reducer")
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
         self._lock = threading.Lock()
+        # A connection whose messages are given up midway keeps gloo's thread busy until the group is destroyed.
+        self._given_up: list[Exchange] = []
         _open_channels.add(self)
+        if self.world_size == 2:
+            # With TORCH_GLOO_LAZY_INIT the first receive waits for a connection that the other rank may be the one to
+            # open, in its own first receive on that clone.
+            for clone in self._clones:
+                dist.barrier(group=clone)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -259,12 +268,11 @@ class ThreadedChannel(Channel):
         """Starts to send to the other of two ranks; its part of ``output`` arrives, ours is ``kept``."""
         parts = output.chunk(2)
         other = 1 - self.rank
-        # What is awaited comes first, so that it has a place when it arrives.
-        received = self._clones[self.rank].recv([parts[other]], other, tag)
-        works = [received, self._clones[other].send([sent], other, tag)]
         if parts[self.rank].data_ptr() != kept.data_ptr():
             parts[self.rank].copy_(kept)
-        return _Messages(works)
+        # What is awaited comes first, so that it has a place when it arrives.
+        received = self._clones[self.rank].recv([parts[other]], other, tag)
+        return _Messages([received, self._clones[other].send([sent], other, tag)])
 
     def borrow(self, key: Hashable) -> Any | None:
         with self._lock:
@@ -286,7 +294,7 @@ class ThreadedChannel(Channel):
                 stages.encode(chunk)
                 if chunk == 0 and start.agreed is not None:
                     start.agreed()
-                tag = self.next_tag()
+                tag = self.next_tag("packets")
                 sent = stages.send(chunk, tag)
                 turned = reducer.submit(self._turn, stages, chunk, tag, sent)
                 finisher.submit(self._finish, stages, chunk, turned, work)
@@ -295,19 +303,28 @@ class ThreadedChannel(Channel):
                 later.run()
 
     def _turn(self, stages: Stages, chunk: int, tag: int, sent: Exchange) -> Exchange | None:
-        # Once a stage has failed, the second stages of this rank are one short: none may follow.
-        self.check()
         with self.in_step():
-            sent.wait()
+            self._await(sent)
             return stages.turn(chunk, tag)
+
+    def _await(self, exchange: Exchange) -> None:
+        try:
+            # Once a stage has failed, the second stages of this rank are one short: none may follow.
+            self.check()
+            exchange.wait()
+        except BaseException:
+            self._given_up.append(exchange)
+            raise
 
     def _finish(self, stages: Stages, chunk: int, turned: Future[Exchange | None], work: Work) -> None:
         if work.is_completed():  # an earlier chunk has failed
+            if turned.exception() is None and (unawaited := turned.result()) is not None:
+                self._given_up.append(unawaited)
             return
         try:
             gathered = turned.result()
             if gathered is not None:
-                gathered.wait()
+                self._await(gathered)
             stages.finish(chunk)
             if chunk == stages.chunks - 1:
                 stages.done()
@@ -317,6 +334,8 @@ class ThreadedChannel(Channel):
             failure = RuntimeError(f"smallreduce.{stages.name} failed ({place}): {error}")
             failure.__cause__ = error
             work.fail(failure)
+            if not isinstance(error, Exception):
+                raise
             return
         if chunk == stages.chunks - 1:
             work.complete()
@@ -326,6 +345,7 @@ class ThreadedChannel(Channel):
         self._reducer.shutdown()
         self._finisher.shutdown()
         self._failure = RuntimeError("its channel was shut down")
+        self._given_up.clear()
         self._abandoned.detach()
         _destroy(self._clones)
 
@@ -385,7 +405,7 @@ class StreamChannel(Channel):
                 stages.encode(chunk)
                 if chunk == 0 and start.agreed is not None:
                     start.agreed()
-                tag = self.next_tag()
+                tag = self.next_tag("packets")
                 sent.append((tag, stages.send(chunk, tag)))
             gathered = []
             for chunk, (tag, first) in enumerate(sent):

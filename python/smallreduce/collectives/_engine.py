@@ -25,13 +25,13 @@ __all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "st
 
 # Elements of a chunk at the most, between two ranks. Each chunk costs handing-over between threads, gloo's and ours,
 # which weighs where the link is fast; several in flight keep a slow link busy while the kernels run. More ranks take
-# smaller ones: their connections drift apart, and a chunk waits for the slowest.
+# smaller ones, a quarter from four on: their connections drift apart, and a chunk waits for the slowest.
 CHUNK_NUMEL = 1 << 22
 
 
 def chunk_count(numel: int, world_size: int) -> int:
     """Into how many chunks a collective on ``numel`` elements is cut: the same on all ranks."""
-    return max(1, -(-numel * min(world_size, 8) // (2 * CHUNK_NUMEL)))
+    return max(1, -(-numel * min(world_size, 4) ** 2 // (4 * CHUNK_NUMEL)))
 
 
 def chunk_spans(numel: int, chunks: int, codec: Codec) -> list[tuple[int, int]]:
@@ -71,7 +71,8 @@ class Engine(Stages):
     def _buffers(self, strides: Sequence[int]) -> list[Tensor]:
         # Zeros, since a packet shorter than the stride leaves the rest as it is, and all of it travels.
         sizes = [self.channel.world_size * stride for stride in strides]
-        whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device)
+        with torch.inference_mode(False):  # the engine may be used again outside of one
+            whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device)
         self.channel.use(whole)
         return list(whole.split(sizes))
 

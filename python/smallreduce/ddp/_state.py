@@ -420,7 +420,7 @@ class HookState:
         """Takes over what :meth:`state_dict` gave; every rank calls it, between the same two steps.
 
         The next steps are those that followed the saving, bit for bit, if DDP's buckets are the same: a new process
-        begins with DDP's first buckets, whose rounding differs from that of rebuilt ones.
+        begins with DDP's first buckets, whose stochastic rounding differs from that of rebuilt ones.
 
         Raises:
             ValueError: The state is of another rank, world size, seed, model, or codec, or is none at all. A HookState
