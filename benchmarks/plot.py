@@ -148,13 +148,13 @@ def training_section(document: Document) -> str:
     runs = by_method(document)
     first = document["rows"][0]
     seeds = len({run["seed"] for run in document["rows"]})
-    plain_loss = statistics.mean(run["validation_loss"] for run in runs["ddp"]) if "ddp" in runs else None
+    plain_loss = mean_loss(runs["ddp"]) if "ddp" in runs else None
     plain_step = step_seconds(runs["ddp"]) if "ddp" in runs else None
     plain_sent = runs["ddp"][0]["sent_nbytes_per_step"] if "ddp" in runs else None
 
     def cells(method: str, of_method: list[Row]) -> list[str]:
         losses = [run["validation_loss"] for run in of_method]
-        loss, sent = statistics.mean(losses), of_method[0]["sent_nbytes_per_step"]
+        loss, sent = mean_loss(of_method), of_method[0]["sent_nbytes_per_step"]
         step, compute = (
             step_seconds(of_method),
             statistics.median(run["compute_seconds"]["median"] for run in of_method),
@@ -205,6 +205,10 @@ def step_seconds(runs: list[Row]) -> float:
     return float(statistics.median(run["step_seconds"]["median"] for run in runs))
 
 
+def mean_loss(runs: list[Row]) -> float:
+    return float(statistics.mean(run["validation_loss"] for run in runs))
+
+
 def link_name(document: Document) -> str:
     rate = document["link_rate"]
     if rate is None:
@@ -234,19 +238,32 @@ def section(benchmark: str, documents: dict[str, Document]) -> str:
 
 
 def summary(documents: dict[str, Document]) -> str:
-    """What the README shows: step times on limited links, and the pictures."""
+    """What the README shows: step times on limited links beside losses after equal steps, and the pictures."""
     limited = limited_trainings(documents)
     if not limited:
         return "Nothing yet; [docs/benchmarks.md](docs/benchmarks.md) says how to measure."
     methods = list(dict.fromkeys(method for document in limited for method in by_method(document)))
+    compared = [
+        document
+        for document in documents.values()
+        if document["benchmark"] == "training" and document["link_rate"] is None and "ddp" in by_method(document)
+    ]
     step = markdown(
-        ["step, ms", *(f"{document['world_size']} ranks, {link_name(document)}" for document in limited)],
+        [
+            "",
+            *(f"step, {document['world_size']} ranks, {link_name(document)}" for document in limited),
+            *(f"loss after {document['rows'][0]['steps']} steps, against `ddp`" for document in compared),
+        ],
         (
             [
                 f"`{method}`",
                 *(
-                    f"{1e3 * step_seconds(runs[method]):.0f}" if method in runs else ""
+                    f"{1e3 * step_seconds(runs[method]):.0f} ms" if method in runs else ""
                     for runs in map(by_method, limited)
+                ),
+                *(
+                    f"{mean_loss(runs[method]) / mean_loss(runs['ddp']) - 1:+.2%}" if method in runs else ""
+                    for runs in map(by_method, compared)
                 ),
             ]
             for method in methods
@@ -255,8 +272,8 @@ def summary(documents: dict[str, Document]) -> str:
     pictures = "\n".join(
         f"![{title}](docs/images/{name}.svg)" for name, (title, _, chosen) in PICTURES.items() if chosen(documents)
     )
-    commands = "\n\n".join(where(document) for document in limited)
-    more = "Losses, kernels, collectives and how all of it was measured: [docs/benchmarks.md](docs/benchmarks.md)."
+    commands = "\n\n".join(where(document) for document in [*limited, *compared])
+    more = "Kernels, collectives and how all of it was measured: [docs/benchmarks.md](docs/benchmarks.md)."
     return f"{step}\n\n{pictures}\n\n{commands}\n\n{more}"
 
 

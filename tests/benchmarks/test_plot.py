@@ -102,8 +102,14 @@ def test_a_page_is_filled_between_its_markers() -> None:
 
 
 def test_the_summary_shows_limited_links_only() -> None:
-    assert "| `int4` | 250 |" in plot.summary({"training-4": TRAINING})
+    assert "| `int4` | 250 ms |" in plot.summary({"training-4": TRAINING})
     assert "Nothing yet" in plot.summary({"training-4": {**TRAINING, "link_rate": None}})
+
+
+def test_the_summary_shows_losses_where_the_link_is_not_limited() -> None:
+    shown = plot.summary({"training-4": TRAINING, "training-4-losses": {**TRAINING, "link_rate": None}})
+    assert "| `ddp` | 1000 ms | +0.00% |" in shown
+    assert "| `int4` | 250 ms | +1.00% |" in shown
 
 
 @pytest.mark.parametrize("name, document", [("training", TRAINING), ("collectives", COLLECTIVES)])
