@@ -78,12 +78,18 @@ def test_nothing_survives_a_signal(number: signal.Signals, tmp_path: Path) -> No
     before = root_network()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
+    # What a shell starts in the background has SIGINT ignored, and hands that on.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("--ranks", "2", "--", "sh", "-c", f"exec > {fifo}; echo started; cat /dev/zero > /dev/null")
-    with fifo.open() as ranks:
-        assert ranks.readline() == "started\n"
-        process.send_signal(number)
-        ranks.read()  # ends when no process has the other end open any more
-    process.communicate()
+    signal.signal(signal.SIGINT, inherited)
+    try:
+        with fifo.open() as ranks:
+            assert ranks.readline() == "started\n"
+            process.send_signal(number)
+            ranks.read()  # ends when no process has the other end open any more
+        process.communicate()
+    finally:
+        process.kill()  # if it has not ended
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
     assert root_network() == before
 

@@ -12,8 +12,9 @@ from smallreduce import metrics
 BACKEND = metrics.register_counting_backend()
 METHODS = ("ddp", "fp16", "powersgd-1", "int4", "sign")
 ARGUMENTS = argparse.Namespace(
-    steps=6, warmup_steps=4, compute_steps=2, eval_every=3, width=32, layers=1, batch=1, context=16, lr=1e-3
-)
+    steps=6, warmup_steps=4, uncompressed_steps=3, compute_steps=2, eval_every=3,
+    width=32, layers=1, batch=1, context=16, lr=1e-3,
+)  # fmt: skip
 
 
 def train_all(rank: int, world_size: int) -> list[training.Run]:
