@@ -110,7 +110,8 @@ def reduce_scatter(
             result. May be that part of ``x`` itself.
         x: fp32, bf16 or fp16, any shape, the same number of elements for each rank; not changed. With a codec of None,
             or ``"fp32"`` on fp32 data, it is torch's own reduce-scatter, any dtype.
-        feedback: Residual of ``x``; there is no server's, since the result is not compressed.
+        feedback: Residual of ``x``; there is no server's, since the result is not compressed. It decides on a rounding
+            left open, as for :func:`smallreduce.all_reduce`.
         codec, op, group, async_op, seed: As for :func:`smallreduce.all_reduce`.
 
     Returns:
