@@ -109,6 +109,24 @@ def test_decode_refuses_and_writes_nothing() -> None:
         with pytest.raises(error, match=message):
             sr.decode(given, codec, numel, dtype, out=out if dtype == torch.float32 else None)
         assert (whole == 7.0).all()
+    sparse = sr.encode(torch.randn(1000), "topk:0.1")  # its words begin at byte 416
+    a_value_less = sparse.clone()
+    a_value_less[416:418] = 0xFF
+    past_the_end = sparse.clone()
+    past_the_end[416:418] = torch.tensor([0xFE, 0xFF])
+    for given, codec, numel, dtype, message in (
+        (a_value_less, "topk:0.1", 1000, torch.float32, "packet 0 names other elements"),
+        (past_the_end, "topk:0.1", 1000, torch.float32, "packet 0 names other elements"),
+        (sparse, "topk:0.1", 999, torch.float32, "packet"),
+        (sparse, "topk:0.1,values=bf16", 1000, torch.float32, "bytes, got"),
+        (sparse, "topk:0.1", 1000, torch.float16, "packet"),
+        (sparse, "topk:0.2", 1000, torch.float32, "bytes, got"),
+        (sparse[:-1], "topk:0.1", 1000, torch.float32, "bytes, got"),
+    ):
+        whole, out = _guarded(numel)
+        with pytest.raises(ValueError, match=message):
+            sr.decode(given, codec, numel, dtype, out=out if dtype == torch.float32 else None)
+        assert (whole == 7.0).all()
     with pytest.raises(ValueError, match="1000 elements, got 999"):
         sr.decode(packet, "int4", 1000, torch.float32, out=torch.empty(999))
     whole, out = _guarded(1000)
@@ -126,6 +144,24 @@ def test_random_packets_are_decoded_or_refused() -> None:
         sr.decode(packet, codec, 1000, torch.float32, out=out)
         assert (whole[:64] == 7.0).all()
         assert (whole[-64:] == 7.0).all()
+    # Of TopK the values may be anything, but not the words.
+    packet = sr.encode(torch.randn(1000), "topk:0.1")
+    values = packet.clone()
+    values[16:416] = torch.randint(0, 256, (400,), generator=torch.Generator().manual_seed(1))
+    values[416:618] = 0
+    values[616:618] = 0xFF
+    whole, out = _guarded(1000)
+    sr.decode(values, "topk:0.1", 1000, torch.float32, out=out)
+    sent = values[16:416].view(torch.float32)
+    assert torch.equal(out[:100].nan_to_num(nan=9.0), sent.nan_to_num(nan=9.0))
+    assert not out[100:].any()
+    assert (whole[:64] == 7.0).all()
+    assert (whole[-64:] == 7.0).all()
+    packet[416:] = torch.randint(0, 256, (len(packet) - 416,), generator=torch.Generator().manual_seed(1))
+    whole, out = _guarded(1000)
+    with pytest.raises(ValueError, match="names other elements"):
+        sr.decode(packet, "topk:0.1", 1000, torch.float32, out=out)
+    assert (whole == 7.0).all()
 
 
 def test_no_process_group() -> None:
@@ -147,6 +183,9 @@ MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: sr.all_reduce(_ten().to("meta"), "int4"), ValueError, "on cpu, got meta"),
     (lambda: sr.all_reduce(_ten(), "int5"), ValueError, "known are"),
     (lambda: sr.all_reduce(_ten(), "int4:group=33"), ValueError, "multiple of 32"),
+    (lambda: sr.all_reduce(_ten(), "topk"), ValueError, "must begin with its ratio"),
+    (lambda: sr.all_reduce(_ten(), "topk:2"), ValueError, "from 1e-9 to 1, got 2.0"),
+    (lambda: sr.all_reduce(_ten(), "random-blocks:0.1,block=0"), ValueError, "block must be at least 1"),
     (lambda: sr.all_reduce(_ten(), 4), TypeError, "a codec is"),  # type: ignore[arg-type]
     (lambda: sr.all_reduce(_ten(), "int4", op=dist.ReduceOp.MAX), ValueError, "SUM or ReduceOp.AVG"),
     (lambda: sr.all_reduce(_ten(), "int4", op="sum"), TypeError, "got str"),  # type: ignore[arg-type]

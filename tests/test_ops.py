@@ -13,61 +13,62 @@ from smallreduce import ops
 from smallreduce._layout import Layout
 
 LAYOUT = Layout.build([(3, 500), (600, 41)], sr.IntQuant(4).format, torch.float32, packets=2)
+SPARSE = Layout.build([(3, 500), (600, 41)], sr.TopK(0.1).format, torch.float32, packets=2)
 SHARD = LAYOUT.select([1])
 STRIDE = LAYOUT.stride
-KIND, GROUP, HADAMARD, STOCHASTIC = LAYOUT.format
 
 
-def _arguments(name: str) -> tuple[Any, ...]:
+def _arguments(name: str, layout: Layout = LAYOUT) -> tuple[Any, ...]:
     x = torch.randn(700, generator=torch.Generator().manual_seed(0))
-    packets = torch.zeros(2 * STRIDE, dtype=torch.uint8)
-    ops.encode(x, LAYOUT, packets)
-    both = packets[STRIDE:].repeat(2)
+    stride, shard = layout.stride, layout.select([1])
+    packets = torch.zeros(2 * stride, dtype=torch.uint8)
+    ops.encode(x, layout, packets)
+    both = packets[stride:].repeat(2)
     step = torch.tensor(3)
-    whole = (LAYOUT.segments, LAYOUT.packets, KIND, GROUP, HADAMARD)
-    one = (SHARD.segments, SHARD.packets, KIND, GROUP, HADAMARD)
-    worker = torch.zeros(32 * LAYOUT.origin_end)
-    server = torch.zeros(32 * SHARD.blocks)
+    kind, group, hadamard, stochastic, _ = layout.format
+    whole = (layout.segments, layout.packets, kind, group, hadamard)
+    one = (shard.segments, shard.packets, kind, group, hadamard)
+    worker = torch.zeros(32 * layout.origin_end)
+    server = torch.zeros(32 * shard.blocks)
+    scratch = torch.zeros(layout.scratch_nbytes(x.device, 2), dtype=torch.uint8) if layout.format.is_sparse else None
     return {
-        "encode": (x, worker, *whole, STOCHASTIC, 700, LAYOUT.origin_end, 5, step, torch.zeros_like(packets), STRIDE),
-        "decode": (packets, STRIDE, *whole, LAYOUT.extent, torch.zeros(700), None),
-        "reduce": (both, STRIDE, 2, 0.5, *one, SHARD.extent, torch.zeros(700), None),
-        "reduce_encode": (
-            both,
-            STRIDE,
-            2,
-            0.5,
-            *one,
-            STOCHASTIC,
-            server,
-            SHARD.blocks,
-            5,
-            step,
-            torch.zeros(STRIDE, dtype=torch.uint8),
-            0,
-            None,
+        "encode": (
+            x, worker, *whole, stochastic, 700, layout.origin_end, 5, step, torch.zeros_like(packets), stride, scratch,
         ),
-    }[name]
+        "decode": (packets, stride, *whole, layout.extent, torch.zeros(700), None, scratch),
+        "clear": (packets, stride, *whole, 0, layout.extent, torch.ones(700), None, scratch),
+        "reduce": (both, stride, 2, 0.5, *one, shard.extent, torch.zeros(700), None, scratch),
+        "reduce_encode": (
+            both, stride, 2, 0.5, *one, stochastic, server, shard.blocks, 5, step,
+            torch.zeros(stride, dtype=torch.uint8), 0, None, scratch,
+        ),
+    }[name]  # fmt: skip
 
 
 NAMES = ["encode", "decode", "reduce", "reduce_encode"]
+EACH_OPERATOR = pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for layout in (LAYOUT, SPARSE) for name in NAMES] + [("clear", SPARSE)],
+    ids=lambda value: value if isinstance(value, str) else "sparse" if value.format.is_sparse else "dense",
+)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.smallreduce, name).default, _arguments(name))
+@EACH_OPERATOR
+def test_opcheck(name: str, layout: Layout) -> None:
+    torch.library.opcheck(getattr(torch.ops.smallreduce, name).default, _arguments(name, layout))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compiles_whole(name: str) -> None:
+@EACH_OPERATOR
+def test_compiles_whole(name: str, layout: Layout) -> None:
     operator = getattr(torch.ops.smallreduce, name).default
-    eager, compiled = _arguments(name), _arguments(name)
+    eager, compiled = _arguments(name, layout), _arguments(name, layout)
     operator(*eager)
 
     def around(*args: Any) -> Tensor:
         operator(*args)
         return sum(arg.sum() for arg in args if isinstance(arg, Tensor))  # what was written is seen afterwards
 
+    torch.compiler.reset()  # one function, compiled for each operator: more often than the limit allows
     total = torch.compile(around, fullgraph=True, backend="aot_eager")(*compiled)
     tensors = [(a, b) for a, b in zip(eager, compiled, strict=True) if isinstance(a, Tensor)]
     assert all(torch.equal(a, b) for a, b in tensors)
@@ -86,9 +87,10 @@ def test_step_is_read_from_the_tensor() -> None:
     assert torch.equal(first, third)
 
 
-def test_a_selection_is_part_of_the_whole() -> None:
+@pytest.mark.parametrize("codec", [sr.IntQuant(4, group=64), sr.TopK(0.1)], ids=str)
+def test_a_selection_is_part_of_the_whole(codec: sr.PacketCodec) -> None:
     x = torch.randn(700)
-    layout = Layout.build([(3, 500), (600, 41)], sr.IntQuant(4, group=64).format, torch.float32, packets=6)
+    layout = Layout.build([(3, 500), (600, 41)], codec.format, torch.float32, packets=6)
     packets = torch.zeros(6, layout.stride, dtype=torch.uint8)
     ops.encode(x, layout, packets, seed=2)
     for chosen in ([0], [5], [2, 3], [4, 1], range(6), []):
@@ -108,14 +110,16 @@ def test_a_selection_is_part_of_the_whole() -> None:
 
 def _call(**changes: Any) -> None:
     names = {
-        "encode": "input residual segments table kind group hadamard stochastic extent blocks seed step packets stride",
-        "decode": "packets stride segments table kind group hadamard extent output error",
-        "reduce": "packets stride ranks factor segments table kind group hadamard extent output error",
+        "encode": "input residual segments table kind group hadamard stochastic extent blocks seed step packets stride "
+        "scratch",
+        "decode": "packets stride segments table kind group hadamard extent output error scratch",
+        "clear": "packets stride segments table kind group hadamard packet_type extent output error scratch",
+        "reduce": "packets stride ranks factor segments table kind group hadamard extent output error scratch",
         "reduce_encode": "packets stride ranks factor segments table kind group hadamard stochastic residual blocks "
-        "seed step packet element_type error",
+        "seed step packet element_type error scratch",
     }
-    operator = changes.pop("operator")
-    arguments = dict(zip(names[operator].split(), _arguments(operator), strict=True))
+    operator, layout = changes.pop("operator"), changes.pop("layout", LAYOUT)
+    arguments = dict(zip(names[operator].split(), _arguments(operator, layout), strict=True))
     assert changes.keys() <= arguments.keys()
     getattr(torch.ops.smallreduce, operator)(*{**arguments, **changes}.values())
 
@@ -131,8 +135,8 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "packets must be torch.uint8", {"operator": "encode", "packets": BYTES.view(torch.int8)}),
     (ValueError, "packets must have at least", {"operator": "encode", "packets": BYTES[:100]}),
     (TypeError, "step must be torch.int64", {"operator": "encode", "step": torch.tensor(1.0)}),
-    (ValueError, "7 columns", {"operator": "encode", "segments": LAYOUT.packets}),
-    (ValueError, "4 columns", {"operator": "encode", "table": LAYOUT.segments}),
+    (ValueError, "10 columns", {"operator": "encode", "segments": LAYOUT.packets}),
+    (ValueError, "5 columns", {"operator": "encode", "table": LAYOUT.segments}),
     (ValueError, "sentinel", {"operator": "encode", "segments": LAYOUT.segments[:0]}),
     (TypeError, "segments must be torch.int64", {"operator": "encode", "segments": LAYOUT.segments.int()}),
     (
@@ -155,6 +159,12 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "packet must have at least", {"operator": "reduce_encode", "packet": BYTES[:32]}),
     (ValueError, "residual must have", {"operator": "reduce_encode", "residual": torch.zeros(31)}),
     (ValueError, "packet", {"operator": "reduce_encode", "packets": BYTES}),
+    *((ValueError, "scratch memory has 0 bytes", {"operator": n, "layout": SPARSE, "scratch": None}) for n in NAMES),
+    (ValueError, "scratch memory has 16 bytes", {"operator": "clear", "layout": SPARSE, "scratch": BYTES[:16]}),
+    (TypeError, "scratch must be torch.uint8", {"operator": "clear", "layout": SPARSE, "scratch": torch.zeros(9999)}),
+    (ValueError, "packet", {"operator": "clear", "layout": SPARSE, "packets": torch.zeros_like(BYTES)}),
+    (ValueError, "packet", {"operator": "clear", "layout": SPARSE, "packet_type": 1}),
+    (TypeError, "output must be one of", {"operator": "clear", "layout": SPARSE, "output": torch.zeros(700).double()}),
 ]
 
 
@@ -166,9 +176,9 @@ def test_wrong_arguments(error: type[Exception], message: str, changes: dict[str
         _call(**changes)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_right_arguments(name: str) -> None:
-    _call(operator=name)
+@EACH_OPERATOR
+def test_right_arguments(name: str, layout: Layout) -> None:
+    _call(operator=name, layout=layout)
 
 
 def test_stride_shorter_than_the_packet() -> None:
@@ -181,10 +191,10 @@ def test_stride_shorter_than_the_packet() -> None:
         ops.reduce_encode(packets, short, 2, 0.5, SHARD, torch.zeros(STRIDE, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_written_has_a_new_version(name: str) -> None:
+@EACH_OPERATOR
+def test_what_is_written_has_a_new_version(name: str, layout: Layout) -> None:
     operator = getattr(torch.ops.smallreduce, name).default
-    arguments = _arguments(name)
+    arguments = _arguments(name, layout)
     before = [arg._version if isinstance(arg, Tensor) else None for arg in arguments]
     operator(*arguments)
     after = [arg._version if isinstance(arg, Tensor) else None for arg in arguments]
@@ -193,10 +203,30 @@ def test_what_is_written_has_a_new_version(name: str) -> None:
             assert (new != old) == (declared.alias_info is not None), declared.name
 
 
-def test_meta_tensors() -> None:
-    packet = sr.encode(torch.empty(100, device="meta"), "int4")
-    assert packet.numel() == sr.IntQuant(4).packet_nbytes(100)
-    assert sr.decode(packet, "int4", 100, torch.float32).shape == (100,)
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16])
+def test_clear(output: torch.dtype) -> None:
+    """What the packets hold, in a buffer of any type; nothing beside the segments."""
+    x = torch.randn(700, generator=torch.Generator().manual_seed(1))
+    packets = torch.zeros(2 * SPARSE.stride, dtype=torch.uint8)
+    ops.encode(x, SPARSE, packets)
+    decoded, cleared = torch.zeros(700), torch.full((700,), 3.0, dtype=output)
+    ops.decode(packets, SPARSE, decoded)
+    ops.clear(packets, SPARSE, cleared)
+    assert torch.equal(cleared == 0, decoded != 0)
+    assert torch.equal(cleared == 3, decoded == 0)
+    assert (decoded != 0).sum() == 29 + 22 + 5  # a tenth of 288, 212 and 41 elements
+
+
+def test_only_sparse_packets_are_cleared() -> None:
+    with pytest.raises(ValueError, match="only sparse packets"):
+        ops.clear(torch.zeros(2 * STRIDE, dtype=torch.uint8), LAYOUT, torch.zeros(700))
+
+
+@pytest.mark.parametrize("codec", [sr.IntQuant(4), sr.TopK(0.1)], ids=str)
+def test_meta_tensors(codec: sr.PacketCodec) -> None:
+    packet = sr.encode(torch.empty(100, device="meta"), codec)
+    assert packet.numel() == codec.packet_nbytes(100)
+    assert sr.decode(packet, codec, 100, torch.float32).shape == (100,)
 
 
 def test_inference_mode() -> None:
@@ -215,7 +245,7 @@ def test_layout_of_another_dtype() -> None:
 @pytest.mark.cuda
 def test_cuda_gives_the_same_bytes() -> None:
     x = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
-    for codec in ("int8", "int4", "int2", "int4-hadamard", "sign", "bf16", "fp8-e4m3"):
+    for codec in ("int8", "int4", "int2", "int4-hadamard", "sign", "bf16", "fp8-e4m3", "topk:0.01,values=bf16"):
         packet = sr.encode(x, codec, seed=4)
         on_device = sr.encode(x.cuda(), codec, seed=4)
         assert torch.equal(on_device.cpu(), packet)

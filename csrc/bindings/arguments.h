@@ -31,6 +31,9 @@ inline Format format(int kind, int64_t group, bool hadamard, bool stochastic) {
     case Kind::kCastE4M3:
     case Kind::kCastE5M2:
     case Kind::kSign:
+    case Kind::kTopKFloat32:
+    case Kind::kTopKBFloat16:
+    case Kind::kTopKFloat16:
       if (hadamard) throw std::invalid_argument("only the integer kinds have a Hadamard form");
       break;
     default: throw std::invalid_argument("kind is " + std::to_string(kind) + ", which no codec has");

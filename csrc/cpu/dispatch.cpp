@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cpu/pool.h"
+#include "cpu/sparse.h"
 #include "formats/describe.h"
 #include "formats/packet.h"
 
@@ -12,14 +13,17 @@ namespace smallreduce {
 
 namespace baseline {
 extern const cpu::Kernels kernels;
-}
+extern const cpu::SparseKernels sparse_kernels;
+}  // namespace baseline
 #if defined(SMALLREDUCE_X86)
 namespace avx2 {
 extern const cpu::Kernels kernels;
-}
+extern const cpu::SparseKernels sparse_kernels;
+}  // namespace avx2
 namespace avx512 {
 extern const cpu::Kernels kernels;
-}
+extern const cpu::SparseKernels sparse_kernels;
+}  // namespace avx512
 #endif
 
 namespace cpu {
@@ -32,17 +36,18 @@ constexpr int64_t kGrainElements = 1 << 15;
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const SparseKernels* sparse_kernels;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> found = [] {
-    std::vector<Isa> isas{{"baseline", &baseline::kernels}};
+    std::vector<Isa> isas{{"baseline", &baseline::kernels, &baseline::sparse_kernels}};
 #if defined(SMALLREDUCE_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2")) isas.push_back({"avx2", &avx2::kernels});
+    if (__builtin_cpu_supports("avx2")) isas.push_back({"avx2", &avx2::kernels, &avx2::sparse_kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      isas.push_back({"avx512", &avx512::kernels});
+      isas.push_back({"avx512", &avx512::kernels, &avx512::sparse_kernels});
     }
 #endif
     return isas;
@@ -68,6 +73,7 @@ std::atomic<const Isa*>& chosen() {
 }
 
 const Kernels& kernels() { return *chosen().load()->kernels; }
+const SparseKernels& sparse_kernels() { return *chosen().load()->sparse_kernels; }
 
 void check_stride(int64_t stride, const Layout& layout) {
   for (int64_t p = 0; p < layout.packet_count; ++p) {
@@ -78,9 +84,26 @@ void check_stride(int64_t stride, const Layout& layout) {
   }
 }
 
-void write_header(uint8_t* packet, const Format& format, const Packet& row, ElementType type) {
+// Words of TopK in packet `number`.
+int64_t words_of(const Layout& layout, int64_t number) {
+  for (const Segment* s = layout.segments + layout.segment_count; s-- != layout.segments;) {
+    if (s->packet == number) return s->word + word_count(s->length, s->kept);
+  }
+  return 0;
+}
+
+// The header, and zeros in the gaps behind the sections.
+void write_header(uint8_t* packet, const Format& format, const Layout& layout, int64_t number, ElementType type) {
+  const Packet& row = layout.packets[number];
   uint64_t header[2] = {uint64_t(row.digest), packet_tag(format.kind, format.group, format.hadamard, type)};
   memcpy(packet, header, sizeof header);
+  if (is_sparse(format.kind)) {
+    int64_t values_end = kHeaderBytes + value_bytes(format.kind) * row.values;
+    int64_t words = words_offset(format.kind, row.values), words_end = words + 2 * words_of(layout, number);
+    memset(packet + values_end, 0, size_t(words - values_end));
+    memset(packet + words_end, 0, size_t(row.nbytes - words_end));
+    return;
+  }
   int64_t codes = codes_offset(format.kind, row.groups);
   if (!is_cast(format.kind)) {
     int64_t end = kHeaderBytes + 2 * row.groups;
@@ -122,11 +145,20 @@ std::string current_isa() { return chosen().load()->name; }
 
 void set_isa(const std::string& name) { chosen() = &find_isa(name); }
 
+void clear(const ClearArgs& args, ElementType packet_type, int threads) {
+  check_stride(args.stride, args.layout);
+  for (int64_t p = 0; p < args.layout.packet_count; ++p) {
+    check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], packet_type, p);
+  }
+  sparse_clear(args, threads);
+}
+
 void encode(const EncodeArgs& args, int threads) {
   check_stride(args.stride, args.layout);
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
-    write_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type);
+    write_header(args.packets + p * args.stride, args.format, args.layout, p, args.type);
   }
+  if (is_sparse(args.format.kind)) return sparse_encode(sparse_kernels(), args, threads);
   over_groups(kernels().encode, args, threads);
 }
 
@@ -135,6 +167,7 @@ void decode(const DecodeArgs& args, int threads) {
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type, p);
   }
+  if (is_sparse(args.format.kind)) return sparse_decode(sparse_kernels(), args, threads);
   over_groups(kernels().decode, args, threads);
 }
 
@@ -143,6 +176,7 @@ void reduce(const ReduceArgs& args, int threads) {
   for (int64_t r = 0; r < args.ranks; ++r) {
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], args.type, r);
   }
+  if (is_sparse(args.format.kind)) return sparse_reduce(sparse_kernels(), args, threads);
   over_groups(kernels().reduce, args, threads);
 }
 
@@ -151,8 +185,12 @@ void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads) 
   for (int64_t r = 0; r < args.ranks; ++r) {
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], type, r);
   }
-  write_header(args.packet, args.format, args.layout.packets[0], type);
-  over_groups(kernels().reduce_encode, args, threads);
+  if (is_sparse(args.format.kind)) {
+    sparse_reduce_encode(sparse_kernels(), args, threads);  // which may yet refuse a packet for its words
+  } else {
+    over_groups(kernels().reduce_encode, args, threads);
+  }
+  write_header(args.packet, args.format, args.layout, 0, type);
 }
 
 }  // namespace cpu

@@ -16,6 +16,7 @@ void set_isa(const std::string& name);  // throws std::invalid_argument if it is
 void encode(const EncodeArgs& args, int threads);
 void decode(const DecodeArgs& args, int threads);
 void reduce(const ReduceArgs& args, int threads);
+void clear(const ClearArgs& args, ElementType packet_type, int threads);
 void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads);
 
 }  // namespace smallreduce::cpu

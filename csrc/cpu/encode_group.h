@@ -4,10 +4,9 @@
 
 #include "cpu/codes.h"
 #include "cpu/groups.h"
+#include "cpu/store.h"
 
 namespace smallreduce::SR_TARGET {
-
-constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between the passes over a group
 
 SR_FN int64_t blocks_of(int64_t elements) { return ceil_div(elements, kBlock); }
 

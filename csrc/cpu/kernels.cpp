@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 
 #include "cpu/encode_group.h"
+#include "cpu/store.h"
 
 namespace smallreduce::SR_TARGET {
 namespace {
@@ -10,8 +11,6 @@ using cpu::DecodeArgs;
 using cpu::EncodeArgs;
 using cpu::ReduceArgs;
 using cpu::ReduceEncodeArgs;
-
-constexpr int64_t kStreamFromBytes = 1 << 20;  // outputs that would not stay in a cache anyway
 
 template <Kind kKind, typename Buffer>
 void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
@@ -122,24 +121,6 @@ void reduce_encode(const ReduceEncodeArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-template <typename Buffer>
-SR_FN void store(const float* __restrict tile, int64_t count, bool stream,
-                 typename Buffer::Storage* __restrict output) {
-  if constexpr (sizeof(typename Buffer::Storage) == sizeof(float)) {
-    if (stream) {
-      int64_t whole = count / kBlock;
-      for (int64_t b = 0; b < whole; ++b) {
-        float block[kBlock];
-        for (int j = 0; j < kBlock; ++j) block[j] = Buffer::store(tile[b * kBlock + j]);
-        stream_block(output + b * kBlock, block);
-      }
-      for (int64_t i = whole * kBlock; i < count; ++i) output[i] = Buffer::store(tile[i]);
-      return;
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) output[i] = Buffer::store(tile[i]);
-}
-
 // Decodes the sum of `ranks` packets into a buffer.
 template <Kind kKind, typename Buffer, typename Args>
 SR_FN void decode_run(const Args& args, const Sum<kKind>& sum, const Run& run) {
@@ -184,6 +165,9 @@ void for_kind(Kind kind, Args&&... args) {
     case Kind::kInt2: return Body<Kind::kInt2>::run(args...);
     case Kind::kInt4: return Body<Kind::kInt4>::run(args...);
     case Kind::kInt8: return Body<Kind::kInt8>::run(args...);
+    case Kind::kTopKFloat32:
+    case Kind::kTopKBFloat16:
+    case Kind::kTopKFloat16: return;  // never here: cpu/sparse.h
   }
 }
 

@@ -15,6 +15,7 @@ struct EncodeArgs {
   uint64_t seed, step;
   uint8_t* packets;  // layout.packet_count of them, `stride` bytes apart
   int64_t stride;
+  void* scratch;  // of sparse_scratch_nbytes(), here and below
 };
 
 struct DecodeArgs {
@@ -24,6 +25,7 @@ struct DecodeArgs {
   Format format;
   void* output;
   ElementType type;
+  void* scratch;
 };
 
 // The packets of `ranks` ranks, `stride` bytes apart, all of the one packet that `layout` describes.
@@ -35,6 +37,7 @@ struct ReduceArgs {
   Format format;
   void* output;
   ElementType type;
+  void* scratch;
 };
 
 struct ReduceEncodeArgs {
@@ -46,6 +49,18 @@ struct ReduceEncodeArgs {
   float* residual;  // in block order, indexed by block in the packet; null: no feedback
   uint64_t seed, step;
   uint8_t* packet;
+  void* scratch;
+};
+
+// Zeros the elements of a buffer that the packets hold.
+struct ClearArgs {
+  const uint8_t* packets;
+  int64_t stride;
+  Layout layout;
+  Format format;
+  void* output;
+  ElementType type;
+  void* scratch;
 };
 
 // Each writes scales and codes, or elements, of groups [begin, end) of the layout. Headers and padding are the caller's.

@@ -137,6 +137,33 @@ SR_FN uint32_t nonnegative_bits(const float* block) {
 #endif
 }
 
+// Bit j is set if the magnitude of block[j], as an integer, is at least `threshold` (which is below 2^31).
+SR_FN uint32_t at_least_bits(const float* block, uint32_t threshold) {
+#if defined(__AVX512F__)
+  __m512i limit = _mm512_set1_epi32(int32_t(threshold)), magnitude = _mm512_set1_epi32(int32_t(~kSignBit));
+  __m512i low = _mm512_and_si512(_mm512_loadu_si512(block), magnitude);
+  __m512i high = _mm512_and_si512(_mm512_loadu_si512(block + 16), magnitude);
+  uint32_t bits = _mm512_cmpge_epi32_mask(low, limit);
+  return bits | uint32_t(_mm512_cmpge_epi32_mask(high, limit)) << 16;
+#elif defined(__AVX2__)
+  __m256i limit = _mm256_set1_epi32(int32_t(threshold) - 1), magnitude = _mm256_set1_epi32(int32_t(~kSignBit));
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    __m256i lanes = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(block + 8 * i)), magnitude);
+    __m256 above = _mm256_castsi256_ps(_mm256_cmpgt_epi32(lanes, limit));
+    bits |= uint32_t(_mm256_movemask_ps(above)) << (8 * i);
+  }
+  return bits;
+#else
+  IntVector limit = IntVector{} + int32_t(threshold), any = {};
+  for (int i = 0; i < kBlock; i += kLanes) any |= (IntVector(load_lanes(block + i)) & int32_t(~kSignBit)) >= limit;
+  if (largest_lane(any & 1) == 0) return 0;
+  uint32_t bits = 0;
+  for (int j = 0; j < kBlock; ++j) bits |= uint32_t(magnitude_bits(block[j]) >= threshold) << j;
+  return bits;
+#endif
+}
+
 // block[j] = +scale where bit j is set, -scale elsewhere.
 SR_FN void signed_block(uint32_t bits, float scale, float* __restrict block) {
 #if defined(__AVX512F__)

@@ -15,13 +15,19 @@ SR_DEVICE PacketFormat packet_format(Kind kind, const Format& format, ElementTyp
   return {kind, packet_tag(kind, format.group, format.hadamard, type)};
 }
 
-// By one warp: header and zero padding. `accepted` false: a header of zeros, which no decoder takes.
-SR_DEVICE void write_frame(uint8_t* packet, const PacketFormat& format, const Packet& row, bool accepted) {
+// By one warp. `accepted` false: a header of zeros, which no decoder takes.
+SR_DEVICE void write_header(uint8_t* packet, const PacketFormat& format, const Packet& row, bool accepted) {
   int lane = lane_index();
   if (lane < kHeaderBytes) {
     uint64_t word = lane < 8 ? uint64_t(row.digest) : format.tag;
     packet[lane] = accepted ? uint8_t(word >> (lane % 8 * 8)) : uint8_t(0);
   }
+}
+
+// By one warp: header and zero padding.
+SR_DEVICE void write_frame(uint8_t* packet, const PacketFormat& format, const Packet& row, bool accepted) {
+  int lane = lane_index();
+  write_header(packet, format, row, accepted);
   int64_t codes = codes_offset(format.kind, row.groups);
   int64_t scales_end = is_cast(format.kind) ? codes : kHeaderBytes + 2 * row.groups;
   int64_t codes_end = codes + block_bytes(format.kind) * row.blocks;

@@ -1,6 +1,6 @@
 // The CUDA kernels as their callers see them. Every pointer is to memory of the current device, the tables of a layout included;
-// each call is one launch on `stream`, allocates nothing, waits for nothing and can be captured in a CUDA graph. Throws
-// std::runtime_error if the launch fails.
+// each call is one launch on `stream` (of TopK: several), allocates nothing, waits for nothing and can be captured in a CUDA graph.
+// Throws std::runtime_error if a launch fails.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +19,8 @@ struct EncodeArgs {
   const int64_t* step;  // null: step 0
   uint8_t* packets;     // layout.packet_count of them, `stride` bytes apart
   int64_t stride;
+  void* scratch;  // of TopK; here and below
+  int64_t scratch_nbytes;
 };
 
 // The packets of a layout (ranks is 1, factor 1), or those of `ranks` ranks for the one packet that the layout describes; either
@@ -32,6 +34,22 @@ struct DecodeArgs {
   Format format;
   void* output;
   ElementType type;
+  void* scratch;
+  int64_t scratch_nbytes;
+  int32_t* error;
+};
+
+// Sets to zero the elements that packets of TopK hold, of a buffer of any type.
+struct ClearArgs {
+  const uint8_t* packets;
+  int64_t stride;
+  Layout layout;
+  Format format;
+  ElementType packet_type;  // of the buffer that the packets are of
+  void* output;
+  ElementType type;
+  void* scratch;
+  int64_t scratch_nbytes;
   int32_t* error;
 };
 
@@ -47,12 +65,19 @@ struct ReduceEncodeArgs {
   const int64_t* step;
   uint8_t* packet;
   ElementType type;  // of the buffer that the packets are of
+  void* scratch;
+  int64_t scratch_nbytes;
   int32_t* error;
 };
 
 void encode(const EncodeArgs& args, cudaStream_t stream);
 void decode(const DecodeArgs& args, cudaStream_t stream);
+void clear(const ClearArgs& args, cudaStream_t stream);
 void reduce_encode(const ReduceEncodeArgs& args, cudaStream_t stream);
+
+// Bytes of scratch memory, aligned to 16, that TopK needs for a layout whose tables are in host memory: reductions for the packets
+// of `ranks` ranks.
+int64_t scratch_nbytes(const Layout& layout, int64_t ranks);
 
 int runtime_version();
 

@@ -97,12 +97,13 @@ struct Run {
   SR_DEVICE_MEMBER int64_t group(int64_t group_size) const { return segment->group + begin / group_size; }
 };
 
-// Calls `visit` with each run of this warp's range of groups, of which a layout has at most 2^28.
+// Calls `visit` with each run of range `range` of `ranges` into which the groups of a layout, at most 2^28, are divided.
 template <typename Visit>
-SR_DEVICE void for_each_run(const Layout& layout, const Division& division, Visit visit) {
-  int64_t groups = layout.groups(), tasks = ceil_div(groups, division.task), warp = warp_index(), warps = warp_count();
-  int group = int(tasks * warp / warps * division.task);
-  int last = int(smaller(tasks * (warp + 1) / warps * division.task, groups));
+SR_DEVICE void for_each_run(const Layout& layout, const Division& division, int64_t range, int64_t ranges,
+                            Visit visit) {
+  int64_t groups = layout.groups(), tasks = ceil_div(groups, division.task);
+  int group = int(tasks * range / ranges * division.task);
+  int last = int(smaller(tasks * (range + 1) / ranges * division.task, groups));
   if (group >= last) return;
   int64_t low = 0;
   for (int64_t high = layout.segment_count - 1; low < high;) {
@@ -124,6 +125,12 @@ SR_DEVICE void for_each_run(const Layout& layout, const Division& division, Visi
     visit(Run{segment, begin, int(end - begin)});
     group = stop;
   }
+}
+
+// Those of this warp.
+template <typename Visit>
+SR_DEVICE void for_each_run(const Layout& layout, const Division& division, Visit visit) {
+  for_each_run(layout, division, warp_index(), warp_count(), visit);
 }
 
 }  // namespace smallreduce::SR_TARGET

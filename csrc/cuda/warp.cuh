@@ -35,4 +35,30 @@ SR_DEVICE float sum_over_lanes(float value) {
   return value;
 }
 
+// Lane j gets the sum of the values of lanes 0 … j.
+SR_DEVICE uint32_t running_sum(uint32_t value) {
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    int lane = lane_index();
+    uint32_t other = __shfl_sync(kAllLanes, value, lane < distance ? lane : lane - distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+SR_DEVICE uint64_t from_lane(uint64_t value, int lane) {
+  uint32_t low = __shfl_sync(kAllLanes, uint32_t(value), lane);
+  uint32_t high = __shfl_sync(kAllLanes, uint32_t(value >> 32), lane);
+  return low | uint64_t(high) << 32;
+}
+
+SR_DEVICE uint64_t sum_over_lanes(uint64_t value) {
+  for (int distance = 1; distance < kWarp; distance *= 2) value += from_lane(value, lane_index() ^ distance);
+  return value;
+}
+
+SR_DEVICE bool any_lane(bool predicate) { return __ballot_sync(kAllLanes, predicate) != 0; }
+
+// Of the lanes below this one, how many of `lanes` are among them.
+SR_DEVICE uint32_t lanes_before(unsigned lanes) { return uint32_t(__popc(lanes & ((1u << lane_index()) - 1))); }
+
 }  // namespace smallreduce::SR_TARGET

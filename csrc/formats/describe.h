@@ -20,6 +20,9 @@ inline std::string describe_tag(uint64_t tag) {
     case Kind::kInt2: text = "int2"; break;
     case Kind::kInt4: text = "int4"; break;
     case Kind::kInt8: text = "int8"; break;
+    case Kind::kTopKFloat32: text = "topk of fp32 values"; break;
+    case Kind::kTopKBFloat16: text = "topk of bf16 values"; break;
+    case Kind::kTopKFloat16: text = "topk of fp16 values"; break;
     default: return "an unknown codec (kind " + std::to_string(tag >> 32 & 0xff) + ")";
   }
   if (tag >> 40 & 1) text += "-hadamard";

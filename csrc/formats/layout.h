@@ -14,9 +14,9 @@ struct LayoutTables {
 };
 
 // Cuts the segments into `packet_count` packets: evenly between groups, or, with packet_of, each segment whole into the packet
-// named for it (ascending). Throws std::invalid_argument on sizes that no buffer has.
+// named for it (ascending). `ratio` is TopK's. Throws std::invalid_argument on sizes that no buffer has.
 LayoutTables build_layout(const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths,
                           const std::optional<std::vector<int64_t>>& packet_of, int64_t packet_count,
-                          const Format& format, ElementType type);
+                          const Format& format, Ratio ratio, ElementType type);
 
 }  // namespace smallreduce

@@ -21,14 +21,24 @@ enum class Kind : int {
   kInt2 = 18,
   kInt4 = 20,
   kInt8 = 24,
+  kTopKFloat32 = 32,
+  kTopKBFloat16 = 33,
+  kTopKFloat16 = 34,
 };
 
 struct Format {
   Kind kind;
-  int64_t group;  // elements; of a cast: only the grain in which work and packets are cut
+  int64_t group;  // elements; without scales: only the grain in which work and packets are cut
   bool hadamard;
   bool stochastic;
 };
+
+// The share of a segment's elements that TopK keeps, as a fraction; other kinds have none.
+struct Ratio {
+  int64_t numerator;
+  int64_t denominator;
+};
+constexpr int64_t kMaxDenominator = 1000000000;
 
 // One row of a layout's segment table, int64 each: a run of elements that falls into one packet.
 struct Segment {
@@ -39,6 +49,9 @@ struct Segment {
   int64_t block;        // number of its first block in that packet
   int64_t group;        // number of its first group in that packet
   int64_t origin;       // number of its first block in the uncut list: selects random bits and the worker's residual
+  int64_t kept;         // values that travel; this and the next two: 0 but for TopK
+  int64_t value;        // number of its first value in that packet
+  int64_t word;         // number of its first word in that packet
 };
 
 // One row of a layout's packet table, int64 each.
@@ -47,6 +60,7 @@ struct Packet {
   int64_t groups;
   int64_t blocks;
   int64_t nbytes;
+  int64_t values;  // of all its segments; 0 but for TopK
 };
 
 // A layout: which elements of a buffer go into which packets. segments[segment_count] is a sentinel whose first_group is the

@@ -10,6 +10,8 @@ def build_layout(
     kind: int,
     group: int,
     hadamard: bool,
+    numerator: int,
+    denominator: int,
     element_type: int,
     /,
 ) -> tuple[bytes, bytes]: ...
@@ -19,6 +21,15 @@ def cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(name: str, /) -> None: ...
 def cuda_runtime_version() -> int: ...
+def cpu_scratch_nbytes(
+    segments: int,
+    segment_count: int,
+    packets: int,
+    packet_count: int,
+    ranks: int,
+    threads: int,
+    /,
+) -> int: ...
 def cpu_encode(
     input: int,
     element_type: int,
@@ -35,6 +46,8 @@ def cpu_encode(
     step: int,
     out: int,
     stride: int,
+    scratch: int,
+    scratch_nbytes: int,
     threads: int,
     /,
 ) -> None: ...
@@ -50,6 +63,26 @@ def cpu_decode(
     hadamard: bool,
     output: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_clear(
+    input: int,
+    stride: int,
+    segments: int,
+    segment_count: int,
+    packets: int,
+    packet_count: int,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    packet_type: int,
+    output: int,
+    element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     threads: int,
     /,
 ) -> None: ...
@@ -67,6 +100,8 @@ def cpu_reduce(
     hadamard: bool,
     output: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     threads: int,
     /,
 ) -> None: ...
@@ -88,11 +123,21 @@ def cpu_reduce_encode(
     step: int,
     out: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     threads: int,
     /,
 ) -> None: ...
 
 # Only in a build with CUDA.
+def cuda_scratch_nbytes(
+    segments: int,
+    segment_count: int,
+    packets: int,
+    packet_count: int,
+    ranks: int,
+    /,
+) -> int: ...
 def cuda_encode(
     input: int,
     element_type: int,
@@ -109,6 +154,8 @@ def cuda_encode(
     step: int,
     out: int,
     stride: int,
+    scratch: int,
+    scratch_nbytes: int,
     stream: int,
     /,
 ) -> None: ...
@@ -124,6 +171,27 @@ def cuda_decode(
     hadamard: bool,
     output: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
+    error: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_clear(
+    input: int,
+    stride: int,
+    segments: int,
+    segment_count: int,
+    packets: int,
+    packet_count: int,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    packet_type: int,
+    output: int,
+    element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     error: int,
     stream: int,
     /,
@@ -142,6 +210,8 @@ def cuda_reduce(
     hadamard: bool,
     output: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     error: int,
     stream: int,
     /,
@@ -164,6 +234,8 @@ def cuda_reduce_encode(
     step: int,
     out: int,
     element_type: int,
+    scratch: int,
+    scratch_nbytes: int,
     error: int,
     stream: int,
     /,

@@ -6,6 +6,7 @@ The normative text is docs/wire-formats.md, section 1; the rows are the structs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from smallreduce._native import native
 
-__all__ = ["BLOCK", "ELEMENT_TYPES", "Format", "Layout"]
+__all__ = ["BLOCK", "COLUMNS", "ELEMENT_TYPES", "Format", "Layout"]
 
 BLOCK = 32
 """Elements in a block, the unit in which codes and residuals are stored."""
@@ -23,8 +24,10 @@ ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes that a buffer may have, and their numbers in a packet's tag."""
 
 # Columns of the segment table and of the packet table.
-_FIRST_GROUP, _OFFSET, _LENGTH, _PACKET, _BLOCK, _GROUP, _ORIGIN = range(7)
-_DIGEST, _GROUPS, _BLOCKS, _NBYTES = range(4)
+_FIRST_GROUP, _OFFSET, _LENGTH, _PACKET, _BLOCK, _GROUP, _ORIGIN, _KEPT, _VALUE, _WORD = range(10)
+_DIGEST, _GROUPS, _BLOCKS, _NBYTES, _VALUES = range(5)
+COLUMNS = (10, 5)
+"""Of the segment table and of the packet table."""
 
 
 class Format(NamedTuple):
@@ -34,6 +37,12 @@ class Format(NamedTuple):
     group: int
     hadamard: bool
     stochastic: bool
+    ratio: tuple[int, int] = (1, 1)
+    """The share of elements that a sparse format keeps, as a fraction."""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.kind >= 32
 
 
 class Layout:
@@ -70,6 +79,7 @@ class Layout:
         self.extent = int(ends.max()) if len(used) else 0
         self.origin_end = int(origins.max()) if len(used) else 0
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._scratch: dict[tuple[str, int, int], int] = {}
 
     @classmethod
     def build(
@@ -88,9 +98,11 @@ class Layout:
         """
         offsets, lengths = [offset for offset, _ in segments], [length for _, length in segments]
         of = None if packet_of is None else list(packet_of)
-        kind, group, hadamard, _ = format
-        rows, table = native.build_layout(offsets, lengths, of, packets, kind, group, hadamard, ELEMENT_TYPES[dtype])
-        return cls(_tensor(rows, 7), _tensor(table, 4), format, dtype)
+        kind, group, hadamard, _, ratio = format
+        rows, table = native.build_layout(
+            offsets, lengths, of, packets, kind, group, hadamard, *ratio, ELEMENT_TYPES[dtype]
+        )
+        return cls(_tensor(rows, COLUMNS[0]), _tensor(table, COLUMNS[1]), format, dtype)
 
     def select(self, packets: Sequence[int]) -> Layout:
         """The layout of some of the packets, in the order given. Packets and origins stay what they are."""
@@ -102,7 +114,7 @@ class Layout:
         groups = self.segments[:, _FIRST_GROUP].diff()
         spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
         chosen = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-        table = torch.zeros(len(chosen) + 1, 7, dtype=torch.int64)
+        table = torch.zeros(len(chosen) + 1, COLUMNS[0], dtype=torch.int64)
         table[:-1] = rows[chosen]
         table[1:, _FIRST_GROUP] = groups[chosen].cumsum(0)
         table[0, _FIRST_GROUP] = 0
@@ -116,6 +128,27 @@ class Layout:
         counts = (rows[:, _LENGTH] + BLOCK - 1) // BLOCK
         starts = rows[:, _ORIGIN] - (counts.cumsum(0) - counts)
         return torch.repeat_interleave(starts, counts) + torch.arange(int(counts.sum()))
+
+    @functools.cached_property
+    def by_origin(self) -> Layout:
+        """The same packets over a buffer laid out as a residual is: in block order, by origin."""
+        segments = self.segments.clone()
+        segments[:-1, _OFFSET] = BLOCK * segments[:-1, _ORIGIN]
+        return Layout(segments, self.packets, self.format, self.dtype)
+
+    def scratch_nbytes(self, device: torch.device, ranks: int) -> int:
+        """Bytes of scratch memory that the kernels need on ``device``, reductions for packets of ``ranks`` ranks."""
+        if not self.format.is_sparse or device.type == "meta":
+            return 0
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        key = (device.type, ranks, threads)
+        if key not in self._scratch:
+            tables = self.segments.data_ptr(), len(self.segments) - 1, self.packets.data_ptr(), self.packet_count
+            if device.type == "cpu":
+                self._scratch[key] = native.cpu_scratch_nbytes(*tables, ranks, threads)
+            else:
+                self._scratch[key] = native.cuda_scratch_nbytes(*tables, ranks)
+        return self._scratch[key]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Segment and packet table on ``device``, copied once."""

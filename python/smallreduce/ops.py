@@ -2,8 +2,9 @@
 
 Each writes into tensors that the caller owns and returns nothing. A layout is passed as its two tables on the device
 of the data, and as the sizes that they imply (``extent``, ``blocks``), since tables on a GPU cannot be looked into
-without waiting for it. :func:`encode`, :func:`decode`, :func:`reduce` and :func:`reduce_encode` take a
-:class:`~smallreduce._layout.Layout` instead and are what the layers above call.
+without waiting for it. :func:`encode`, :func:`decode`, :func:`clear`, :func:`reduce` and :func:`reduce_encode`
+take a :class:`~smallreduce._layout.Layout` instead, bring the scratch memory that sparse formats need, and are what the
+layers above call.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smallreduce._layout import BLOCK, ELEMENT_TYPES, Layout
+from smallreduce._layout import BLOCK, COLUMNS, ELEMENT_TYPES, Layout
 from smallreduce._native import native
 
-__all__ = ["decode", "encode", "reduce", "reduce_encode"]
+__all__ = ["clear", "decode", "encode", "reduce", "reduce_encode"]
 
 _MASK = (1 << 64) - 1
 
 _LAYOUT = "Tensor segments, Tensor table, int kind, int group, bool hadamard"
 _SCHEMAS = (
     f"encode(Tensor input, Tensor(a!)? residual, {_LAYOUT}, bool stochastic, int extent, int blocks, int seed, "
-    "Tensor? step, Tensor(b!) packets, int stride) -> ()",
-    f"decode(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error) -> ()",
+    "Tensor? step, Tensor(b!) packets, int stride, Tensor(c!)? scratch) -> ()",
+    f"decode(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error, "
+    "Tensor(c!)? scratch) -> ()",
+    f"clear(Tensor packets, int stride, {_LAYOUT}, int packet_type, int extent, Tensor(a!) output, Tensor(b!)? error, "
+    "Tensor(c!)? scratch) -> ()",
     f"reduce(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, int extent, Tensor(a!) output, "
-    "Tensor(b!)? error) -> ()",
+    "Tensor(b!)? error, Tensor(c!)? scratch) -> ()",
     f"reduce_encode(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, bool stochastic, "
     "Tensor(a!)? residual, int blocks, int seed, Tensor? step, Tensor(b!) packet, int element_type, "
-    "Tensor(c!)? error) -> ()",
+    "Tensor(c!)? error, Tensor(d!)? scratch) -> ()",
 )
 
 _library = torch.library.Library("smallreduce", "DEF")
@@ -67,7 +71,7 @@ def _check_elements(tensor: Tensor, name: str, extent: int, device: torch.device
 
 
 def _check_layout(segments: Tensor, table: Tensor, device: torch.device) -> None:
-    for tensor, name, columns in ((segments, "segments", 7), (table, "table", 4)):
+    for tensor, name, columns in zip((segments, table), ("segments", "table"), COLUMNS, strict=True):
         _check(tensor, name, torch.int64, 0, device)
         if tensor.dim() != 2 or tensor.shape[1] != columns:
             raise ValueError(f"{name} must have {columns} columns, got shape {tuple(tensor.shape)}")
@@ -76,7 +80,12 @@ def _check_layout(segments: Tensor, table: Tensor, device: torch.device) -> None
 
 
 def _check_optional(
-    residual: Tensor | None, blocks: int, step: Tensor | None, error: Tensor | None, device: torch.device
+    residual: Tensor | None,
+    blocks: int,
+    step: Tensor | None,
+    error: Tensor | None,
+    scratch: Tensor | None,
+    device: torch.device,
 ) -> None:
     if residual is not None:
         _check(residual, "residual", torch.float32, BLOCK * blocks, device)
@@ -84,6 +93,8 @@ def _check_optional(
         _check(step, "step", torch.int64, 1, device)
     if error is not None:
         _check(error, "error", torch.int32, 1, device)
+    if scratch is not None:
+        _check(scratch, "scratch", torch.uint8, 0, device)
 
 
 def _check_encode(
@@ -101,11 +112,12 @@ def _check_encode(
     step: Tensor | None,
     packets: Tensor,
     stride: int,
+    scratch: Tensor | None,
 ) -> None:
     device = input.device
     _check_elements(input, "input", extent, device)
     _check_layout(segments, table, device)
-    _check_optional(residual, blocks, step, None, device)
+    _check_optional(residual, blocks, step, None, scratch, device)
     _check_packets(packets, "packets", stride, table.shape[0], device)
 
 
@@ -120,12 +132,30 @@ def _check_decode(
     extent: int,
     output: Tensor,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     device = packets.device
     _check_packets(packets, "packets", stride, table.shape[0], device)
     _check_layout(segments, table, device)
     _check_elements(output, "output", extent, device)
-    _check_optional(None, 0, None, error, device)
+    _check_optional(None, 0, None, error, scratch, device)
+
+
+def _check_clear(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    packet_type: int,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+    scratch: Tensor | None,
+) -> None:
+    _check_decode(packets, stride, segments, table, kind, group, hadamard, extent, output, error, scratch)
 
 
 def _check_reduce(
@@ -141,13 +171,14 @@ def _check_reduce(
     extent: int,
     output: Tensor,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     device = packets.device
     _check_packets(packets, "packets", stride, ranks, device)
     _check_layout(segments, table, device)
     _check_one_packet(table)
     _check_elements(output, "output", extent, device)
-    _check_optional(None, 0, None, error, device)
+    _check_optional(None, 0, None, error, scratch, device)
 
 
 def _check_reduce_encode(
@@ -168,12 +199,13 @@ def _check_reduce_encode(
     packet: Tensor,
     element_type: int,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     device = packets.device
     _check_packets(packets, "packets", stride, ranks, device)
     _check_layout(segments, table, device)
     _check_one_packet(table)
-    _check_optional(residual, blocks, step, error, device)
+    _check_optional(residual, blocks, step, error, scratch, device)
     _check(packet, "packet", torch.uint8, stride, device)
 
 
@@ -216,6 +248,10 @@ def _step(step: Tensor | None) -> int:
     return int(step.item()) & _MASK
 
 
+def _scratch(scratch: Tensor | None) -> tuple[int, int]:
+    return _pointer(scratch), 0 if scratch is None else scratch.numel()
+
+
 def _error(device: torch.device, error: Tensor | None) -> tuple[int, ...]:
     # The CPU kernels raise instead.
     return (_pointer(error),) if device.type == "cuda" else ()
@@ -245,11 +281,12 @@ def _encode(
     step: Tensor | None,
     packets: Tensor,
     stride: int,
+    scratch: Tensor | None,
 ) -> None:
     _launch(
         "encode", input.device, input.data_ptr(), ELEMENT_TYPES[input.dtype], _pointer(residual),
         *_tables(segments, table), kind, group, hadamard, stochastic, seed & _MASK, _step(step), packets.data_ptr(),
-        stride,
+        stride, *_scratch(scratch),
     )  # fmt: skip
 
 
@@ -264,10 +301,32 @@ def _decode(
     extent: int,
     output: Tensor,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     _launch(
         "decode", packets.device, packets.data_ptr(), stride, *_tables(segments, table), kind, group, hadamard,
-        output.data_ptr(), ELEMENT_TYPES[output.dtype], *_error(packets.device, error),
+        output.data_ptr(), ELEMENT_TYPES[output.dtype], *_scratch(scratch), *_error(packets.device, error),
+    )  # fmt: skip
+
+
+def _clear(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    packet_type: int,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+    scratch: Tensor | None,
+) -> None:
+    _launch(
+        "clear", packets.device, packets.data_ptr(), stride, *_tables(segments, table), kind, group, hadamard,
+        packet_type, output.data_ptr(), ELEMENT_TYPES[output.dtype], *_scratch(scratch),
+        *_error(packets.device, error),
     )  # fmt: skip
 
 
@@ -284,10 +343,12 @@ def _reduce(
     extent: int,
     output: Tensor,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     _launch(
         "reduce", packets.device, packets.data_ptr(), stride, ranks, factor, *_tables(segments, table), kind, group,
-        hadamard, output.data_ptr(), ELEMENT_TYPES[output.dtype], *_error(packets.device, error),
+        hadamard, output.data_ptr(), ELEMENT_TYPES[output.dtype], *_scratch(scratch),
+        *_error(packets.device, error),
     )  # fmt: skip
 
 
@@ -309,11 +370,12 @@ def _reduce_encode(
     packet: Tensor,
     element_type: int,
     error: Tensor | None,
+    scratch: Tensor | None,
 ) -> None:
     _launch(
         "reduce_encode", packets.device, packets.data_ptr(), stride, ranks, factor, *_tables(segments, table), kind,
         group, hadamard, stochastic, _pointer(residual), seed & _MASK, _step(step), packet.data_ptr(), element_type,
-        *_error(packets.device, error),
+        *_scratch(scratch), *_error(packets.device, error),
     )  # fmt: skip
 
 
@@ -338,6 +400,7 @@ def _register(name: str, check: Callable[..., None], launch: Callable[..., None]
 
 _register("encode", _check_encode, _encode)
 _register("decode", _check_decode, _decode)
+_register("clear", _check_clear, _clear)
 _register("reduce", _check_reduce, _reduce)
 _register("reduce_encode", _check_reduce_encode, _reduce_encode)
 
@@ -355,6 +418,13 @@ def _check_stride(stride: int, layout: Layout) -> None:
     # The CUDA kernels cannot: the tables are on the device.
     if stride < layout.stride:
         raise ValueError(f"stride must be at least the packet's {layout.stride} bytes, got {stride}")
+
+
+def _scratch_for(layout: Layout, device: torch.device, ranks: int = 1) -> Tensor | None:
+    if device.type == "cuda":
+        _require_cuda()
+    nbytes = layout.scratch_nbytes(device, ranks)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device) if nbytes else None
 
 
 def _check_dtype(tensor: Tensor, layout: Layout) -> None:
@@ -383,10 +453,10 @@ def encode(
     """
     _check_dtype(input, layout)
     segments, table = layout.on(input.device)
-    kind, group, hadamard, stochastic = layout.format
+    kind, group, hadamard, stochastic, _ = layout.format
     torch.ops.smallreduce.encode(
         input, residual, segments, table, kind, group, hadamard, stochastic, layout.extent, layout.origin_end,
-        _signed(seed), step, packets, layout.stride,
+        _signed(seed), step, packets, layout.stride, _scratch_for(layout, input.device),
     )  # fmt: skip
 
 
@@ -398,10 +468,26 @@ def decode(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None
     """
     _check_dtype(output, layout)
     segments, table = layout.on(packets.device)
-    kind, group, hadamard, _ = layout.format
+    kind, group, hadamard, _, _ = layout.format
     torch.ops.smallreduce.decode(
-        packets, layout.stride, segments, table, kind, group, hadamard, layout.extent, output, error
-    )
+        packets, layout.stride, segments, table, kind, group, hadamard, layout.extent, output, error,
+        _scratch_for(layout, packets.device),
+    )  # fmt: skip
+
+
+def clear(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None = None) -> None:
+    """Sets to zero the elements of ``output`` that sparse ``packets``, ``layout.stride`` bytes apart, hold.
+
+    ``output`` may be of any dtype that codecs take. Packets are refused as by :func:`decode`.
+    """
+    if not layout.format.is_sparse:
+        raise ValueError("only sparse packets name elements")
+    segments, table = layout.on(packets.device)
+    kind, group, hadamard, _, _ = layout.format
+    torch.ops.smallreduce.clear(
+        packets, layout.stride, segments, table, kind, group, hadamard, ELEMENT_TYPES[layout.dtype], layout.extent,
+        output, error, _scratch_for(layout, packets.device),
+    )  # fmt: skip
 
 
 def reduce(
@@ -418,10 +504,11 @@ def reduce(
     _check_dtype(output, layout)
     _check_stride(stride, layout)
     segments, table = layout.on(packets.device)
-    kind, group, hadamard, _ = layout.format
+    kind, group, hadamard, _, _ = layout.format
     torch.ops.smallreduce.reduce(
-        packets, stride, ranks, factor, segments, table, kind, group, hadamard, layout.extent, output, error
-    )
+        packets, stride, ranks, factor, segments, table, kind, group, hadamard, layout.extent, output, error,
+        _scratch_for(layout, packets.device, ranks),
+    )  # fmt: skip
 
 
 def reduce_encode(
@@ -443,8 +530,8 @@ def reduce_encode(
     """
     _check_stride(stride, layout)
     segments, table = layout.on(packets.device)
-    kind, group, hadamard, stochastic = layout.format
+    kind, group, hadamard, stochastic, _ = layout.format
     torch.ops.smallreduce.reduce_encode(
         packets, stride, ranks, factor, segments, table, kind, group, hadamard, stochastic, residual, layout.blocks,
-        _signed(seed), step, packet, ELEMENT_TYPES[layout.dtype], error,
+        _signed(seed), step, packet, ELEMENT_TYPES[layout.dtype], error, _scratch_for(layout, packets.device, ranks),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def sources() -> list[Path]:
     return [
         *sorted((CSRC / "cuda").glob("*.cu")),
         CSRC / "bindings" / "cuda.cpp",
-        *sorted(HERE.glob("*.cpp")),
+        HERE / f"{NAME}.cpp",
         *sorted((HERE / "emulation").glob("*.cpp")),
     ]
 

@@ -1,13 +1,15 @@
 """Packets as literal bytes, small enough to be checked by hand against docs/wire-formats.md.
 
-Each packet is written as digest, tag, scales, codes. In the codes of IntQuant(4), for instance, a byte ``8f`` holds
-code 15 (the largest, +7 steps) for its low element and code 8 (zero) for its high one; ``88`` is two zeros.
+Each packet is written as digest, tag, scales, codes; of TopK as digest, tag, values, words. In the codes of
+IntQuant(4), for instance, a byte ``8f`` holds code 15 (the largest, +7 steps) for its low element and code 8 (zero) for
+its high one; ``88`` is two zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from formats.reference import (
     BF16,
@@ -20,6 +22,7 @@ from formats.reference import (
     cast,
     int_quant,
     sign,
+    topk,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -305,6 +308,74 @@ GOLDEN = [
         FP32,
         [],
         "b2ea7565347a884d 534d523114000400",
+        [],
+    ),
+    Golden(
+        # Three of nine: of the four that are largest the first three. A word is the number of elements skipped.
+        "topk, equal magnitudes",
+        topk(Fraction(1, 3)),
+        FP32,
+        [1, -2, 2, 0.5, 1, -2, 0, 2, 1.5],
+        """1f018f76aec1f1fe 534d523120000000 000000c0000000400000 00c000000000
+        010000000200ffff 0000000000000000""",
+        [0, -2, 2, 0, 0, -2, 0, 0, 0],
+    ),
+    Golden(
+        # Seven of ten: 6.01 rounds up. With nothing else left, zeros; -0 travels, and decodes to +0.
+        "topk, zeros",
+        topk(Fraction(601, 1000)),
+        FP32,
+        [0, -0.0, 0, 3, 0, 0, 0, 0, 0, -(2**-149)],
+        """c55c5a880dda27b5 534d523120000000 0000000000000080 00000000 00004040 00000000 00000000 01000080 00000000
+        0000 0000 0000 0000 0000 0000 0300 ffff""",
+        [0, 0, 0, 3, 0, 0, 0, 0, 0, -(2**-149)],
+    ),
+    Golden(
+        # NaN before Inf before all others; the two segments select for themselves.
+        "topk, NaN and Inf",
+        topk(Fraction(1, 2), FP16),
+        FP16,
+        [65504, INF, NAN, -INF, 2, 7, NAN, 9],
+        """66890357ed898c91 534d523122040000 007c007e00fc007e 0000000000000000
+        0100 0000 0000 ffff 0100 ffff 00000000""",
+        [0, INF, NAN, -INF, 0, 0, NAN, 0],
+        segments=((0, 5), (5, 2)),
+    ),
+    Golden(
+        # 1.00390625 is halfway between two values of bf16, and goes to the even one; 1e6 would not fit into fp16.
+        "topk, values rounded to bf16",
+        topk(Fraction(1, 2), BF16),
+        FP32,
+        [1.00390625, 0, -1.01171875, 0],
+        """ef0fdfb290cd5a23 534d523121000000 803f82bf 000000000000000000000000
+        0000 0100 ffff 00000000000000000000""",
+        [1, 0, -1.015625, 0],
+    ),
+    Golden(
+        "topk, values rounded to fp16",
+        topk(Fraction(1, 2), FP16),
+        FP32,
+        [1e6, 0, -(2**-25), 2**-24],
+        """486c01002dc29117 534d523122000000 ff7b0100 000000000000000000000000
+        0000 0200 ffff 00000000000000000000""",
+        [65504, 0, 0, 2**-24],
+    ),
+    Golden(
+        # 65535 zeros, 4, 65534 zeros, -5, 131071 zeros, 6: FFFF and 0; 65534; FFFF, FFFF and 1; two FFFF are left.
+        "topk, long gaps",
+        topk(Fraction(3, 262143)),
+        FP32,
+        [0] * 65535 + [4] + [0] * 65534 + [-5] + [0] * 131071 + [6],
+        """018515481b718088 534d523120000000 00008040 0000a0c0 0000c040 00000000
+        ffff 0000 feff ffff ffff 0100 ffff ffff""",
+        [0] * 65535 + [4] + [0] * 65534 + [-5] + [0] * 131071 + [6],
+    ),
+    Golden(
+        "topk of no elements",
+        topk(Fraction(1, 2), BF16),
+        BF16,
+        [],
+        "55fd65c7cf5fce7d 534d523121020000",
         [],
     ),
 ]

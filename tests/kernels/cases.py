@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +32,21 @@ CODECS: dict[str, Codec] = {
 }
 INT_CODECS = [name for name in CODECS if name.startswith("int")]
 
+# TopK in every combination of its parameters; one value of all elements, a third, and all of them among the ratios.
+RATIOS = [Fraction(1, 10**9), *map(Fraction, ("0.001", "0.01", "0.07", "0.25")), Fraction(1, 3), Fraction(1)]
+SPARSE_CODECS: dict[str, Codec] = {
+    f"topk-{ratio}-{values}": reference.topk(ratio, ELEMENTS[values]) for ratio in RATIOS for values in ELEMENTS
+}
+
 
 def sizes(codec: Codec) -> list[int]:
     return sorted({0, 1, 31, 32, 33, codec.group - 1, codec.group, codec.group + 1})
 
 
 LARGE_SIZE = 1_000_003
+
+# Around the elements that a word of a TopK packet can skip, once and twice.
+SPARSE_SIZES = [0, 1, 31, 32, 33, 1000, 65534, 65535, 65536, 65537, 131073, 300_001]
 
 # Contents.
 
@@ -106,6 +116,53 @@ def _wide(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
     return _signed(rng, rng.integers(0, element.largest + 1, size), element)
 
 
+def _few(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    """Hardly anything but zeros, of either sign."""
+    return np.where(rng.random(size) < 0.0005, _normal(rng, size, element), _zeros(rng, size, element))
+
+
+def _ascending(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    return _rounded(np.sort(np.abs(rng.standard_normal(size))) * rng.choice((-1, 1), size), element)
+
+
+def _descending(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    descending: Bits = _ascending(rng, size, element)[::-1].copy()
+    return descending
+
+
+def _levels(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    """Three magnitudes only, so that whatever the ratio, many are equal to the last one selected."""
+    return _rounded(rng.choice((0.5, 1, 2), size, p=(0.9, 0.07, 0.03)) * rng.choice((-1, 1), size), element)
+
+
+def _concentrated(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    """All that is large stands in one place."""
+    length = size // 60 + 1
+    begin = rng.integers(0, size - length + 1) if size else 0
+    large = (np.arange(size) >= begin) & (np.arange(size) < begin + length)
+    return _rounded(rng.standard_normal(size) * np.where(large, 100, 0.01), element)
+
+
+def _clumps(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    """The large elements stand together in clumps, of any number and length: a sample is often wrong about them."""
+    length = int(rng.choice((16, 40, 100, 200)))
+    count = max(int(size * 2.0 ** rng.uniform(-8, -3)) // length, 1)
+    large = np.zeros(size + length, np.bool_)
+    for begin in rng.integers(0, size + 1, count):
+        large[begin : begin + length] = True
+    return _rounded(rng.standard_normal(size) * np.where(large[:size], 100, 0.01), element)
+
+
+def _far_apart(rng: np.random.Generator, size: int, element: ElementType) -> Bits:
+    """Large elements after gaps of just less, as many and just more than one, two and three words FFFF stand for."""
+    values = rng.standard_normal(size) * 0.001
+    gaps = [65535 * skips + more for skips in (1, 2, 3) for more in (-1, 0, 1)]
+    places = np.cumsum([gap + 1 for gap in rng.permutation(gaps)]) + rng.integers(0, 3)
+    places = places[places < size]
+    values[places] = rng.choice((-1, 1), len(places)) * (1 + rng.random(len(places)))
+    return _rounded(values, element)
+
+
 def _seldom(rng: np.random.Generator, size: int) -> npt.NDArray[np.bool_]:
     """About 3 of 1000, and one in the middle."""
     chosen = rng.random(size) < 0.003
@@ -136,11 +193,21 @@ CONTENTS: dict[str, Callable[[np.random.Generator, int, ElementType], Bits]] = {
     "any-bits": _any_bits,
     "wide": _wide,
 }
+SPARSE_CONTENTS: dict[str, Callable[[np.random.Generator, int, ElementType], Bits]] = {
+    **CONTENTS,
+    "few": _few,
+    "ascending": _ascending,
+    "descending": _descending,
+    "levels": _levels,
+    "concentrated": _concentrated,
+    "clumps": _clumps,
+    "far-apart": _far_apart,
+}
 
 
 def contents(name: str, seed: int, size: int, element: ElementType) -> Bits:
     """`size` bit patterns of `element`, the same for the same arguments."""
-    return CONTENTS[name](np.random.default_rng([seed, size]), size, element)
+    return SPARSE_CONTENTS[name](np.random.default_rng([seed, size]), size, element)
 
 
 def residual(name: str, seed: int, blocks: int) -> F32:
@@ -148,7 +215,7 @@ def residual(name: str, seed: int, blocks: int) -> F32:
     rng = np.random.default_rng([seed, blocks, 1])
     if name in ("largest", "wide"):
         return _largest(rng, reference.BLOCK * blocks, FP32).view(np.float32)
-    scale = 1e-39 if name in ("denormals", "tiny", "zeros") else 0.1
+    scale = 1e-39 if name in ("denormals", "tiny", "zeros", "levels", "few") else 0.1
     return (rng.standard_normal(reference.BLOCK * blocks) * scale).astype(np.float32)
 
 

@@ -111,16 +111,7 @@ def layout_of(module: Any, case: Case) -> Layout:
 def check_encode(module: Any, kernels: Kernels, case: Case, *, with_residual: bool = False) -> None:
     layout = layout_of(module, case)
     before = cases.residual(case.contents, case.seed, case.table.blocks) if with_residual else None
-    expected, after = reference.encode(
-        case.buffer,
-        case.table.cut(case.codec),
-        case.codec,
-        case.element,
-        stochastic=case.stochastic,
-        seed=case.random_seed,
-        step=case.step,
-        residual=before,
-    )
+    expected, after = _expected_encoding(case, with_residual)
     input_guard, x = cases.guarded_copy(case.buffer, case.skip)
     residual_guard, residual = _residual_memory(before)
     out = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
@@ -137,6 +128,20 @@ def check_encode(module: Any, kernels: Kernels, case: Case, *, with_residual: bo
         assert_same(residual, after, "residual")
 
 
+@functools.lru_cache(maxsize=2)  # several kernels, one after the other, are compared on a case
+def _expected_encoding(case: Case, with_residual: bool) -> tuple[list[bytes], F32 | None]:
+    return reference.encode(
+        case.buffer,
+        case.table.cut(case.codec),
+        case.codec,
+        case.element,
+        stochastic=case.stochastic,
+        seed=case.random_seed,
+        step=case.step,
+        residual=cases.residual(case.contents, case.seed, case.table.blocks) if with_residual else None,
+    )
+
+
 def check_decode(module: Any, kernels: Kernels, case: Case) -> None:
     layout = layout_of(module, case)
     data = case.encoded()
@@ -149,6 +154,22 @@ def check_decode(module: Any, kernels: Kernels, case: Case) -> None:
     guard.assert_intact()
     assert_same(output, expected, "output")
     packets.assert_holds(data, "input")
+
+
+def check_clear(module: Any, kernels: Kernels, case: Case) -> None:
+    """In buffers of every type, whatever that of the packets' elements is."""
+    layout = layout_of(module, case)
+    data = case.encoded()
+    packets = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    packets.fill(data)
+    for element in reference.BUFFER_TYPES:
+        before = cases.contents("any-bits", case.seed + 77, case.table.numel, element)
+        expected = before.copy()
+        reference.clear(data, case.table.cut(case.codec), case.codec, case.element, expected)
+        guard, output = cases.guarded_copy(before, case.skip)
+        kernels.clear(packets.bytes, packets.stride, layout, case.codec, case.element, output, element)
+        guard.assert_intact()
+        assert_same(output, expected, f"output of {element.name}")
 
 
 def check_reduce(module: Any, kernels: Kernels, case: Case, ranks: int, factor: float) -> None:

@@ -375,13 +375,17 @@ def test_packet_sizes(codec: str) -> None:
         dict(group=32 * 65536), dict(element_type=3), dict(element_type=-1), dict(kind=8, hadamard=True),
         dict(kind=0, hadamard=True), dict(lengths=[-1]), dict(offsets=[-1]), dict(offsets=[0, 1]),
         dict(packet_count=0), dict(packet_of=[1]), dict(packet_of=[-1]), dict(packet_of=[0, 0]),
+        dict(kind=32, hadamard=True), dict(kind=35), dict(kind=32, ratio_numerator=0),
+        dict(kind=33, ratio_numerator=-1), dict(kind=34, ratio_numerator=2),
+        dict(kind=32, ratio_denominator=10**9 + 1), dict(kind=32, lengths=[2**32]),
     ],
     ids=str,
 )  # fmt: skip
 def test_impossible_layouts_are_refused(arguments: dict[str, Any]) -> None:
     given: dict[str, Any] = dict(
-        offsets=[0], lengths=[10], packet_of=None, packet_count=1, kind=20, group=128, hadamard=False, element_type=0
-    )
+        offsets=[0], lengths=[10], packet_of=None, packet_count=1, kind=20, group=128, hadamard=False,
+        ratio_numerator=1, ratio_denominator=1, element_type=0,
+    )  # fmt: skip
     _C.build_layout(*given.values())
     with pytest.raises(ValueError):
         _C.build_layout(*(given | arguments).values())

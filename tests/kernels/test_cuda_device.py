@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,36 @@ import numpy.typing as npt
 import pytest
 import torch
 
+import smallreduce as sr
+from formats import reference
 from formats.reference import BF16, F32, FP32, Bits, Codec, ElementType
 from kernels import cases
-from kernels.cases import CODECS, CONTENTS, ELEMENTS, U8
-from kernels.equality import Case, PacketMemory, check_decode, check_encode, layout_of
-from kernels.native import Layout, type_number
+from kernels.cases import CODECS, CONTENTS, ELEMENTS, SPARSE_CONTENTS, U8, Guarded
+from kernels.equality import (
+    Case,
+    PacketMemory,
+    check_clear,
+    check_decode,
+    check_encode,
+    check_reduce,
+    check_reduce_encode,
+    layout_of,
+)
+from kernels.native import Kernels, Layout, packing, type_number
 from kernels.test_emulated_cuda import EACH_CODEC, EACH_KERNEL, EMULATED_CODECS, KERNELS, emulated
-from smallreduce import _C
+from kernels.test_emulated_topk import (
+    LONG,
+    OPERATIONS,
+    REFUSED_CASE,
+    SHORT_CASES,
+    WORDS,
+    assert_refused,
+    packet_of,
+    sections_of,
+)
+from kernels.test_topk import CHECKS, EACH_CHECK
+from smallreduce import _C, ops
+from smallreduce._layout import Layout as SmallreduceLayout
 
 __all__ = ["emulated"]
 
@@ -58,14 +83,14 @@ def mirrored(device: torch.device, stream: torch.cuda.Stream | None) -> Iterator
 
 
 @dataclass(frozen=True)
-class DeviceKernels:
-    """The kernels of ``kernels.native.Kernels`` for a module whose cuda_* functions take memory of ``device``."""
+class DeviceKernels(Kernels):
+    """The kernels of a module whose cuda_* functions take memory of ``device``."""
 
     module: Any
     device: torch.device
     stream: torch.cuda.Stream | None
 
-    def _call(self, name: str, arguments: Callable[[Put], tuple[Any, ...]], checked: bool = True) -> None:
+    def _run(self, name: str, arguments: Callable[[Put], tuple[Any, ...]], checked: bool = True) -> None:
         error = np.zeros(1, np.int32)
         with mirrored(self.device, self.stream) as put:
             trailing = (put(error),) if checked else ()
@@ -73,6 +98,13 @@ class DeviceKernels:
             getattr(self.module, name)(*arguments(put), *trailing, stream)
         if error[0]:
             raise ValueError(f"packet {error[0] - 1} was refused")
+
+    def _room(self, put: Put, layout: Layout, codec: Codec, ranks: int = 1) -> tuple[int, int]:
+        """Address and size of scratch memory."""
+        if not codec.is_sparse:
+            return 0, 0
+        nbytes = self.module.cuda_scratch_nbytes(*layout.arguments, ranks)
+        return put(Guarded(nbytes, offset=16).bytes), nbytes
 
     def encode(
         self, x: Bits, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int, *,
@@ -82,18 +114,33 @@ class DeviceKernels:
             step_word = put(np.array([step], np.int64))
             return (
                 put(x), type_number(element), put(residual), *tables(put, layout), *packing(codec), stochastic, seed,
-                step_word, put(out), stride,
+                step_word, put(out), stride, *self._room(put, layout, codec),
             )  # fmt: skip
 
-        self._call("cuda_encode", arguments, checked=False)
+        self._run("cuda_encode", arguments, checked=False)
 
     def decode(
         self, packets: U8, stride: int, layout: Layout, codec: Codec, output: Bits, element: ElementType
     ) -> None:
         def arguments(put: Put) -> tuple[Any, ...]:
-            return put(packets), stride, *tables(put, layout), *packing(codec), put(output), type_number(element)
+            return (
+                put(packets), stride, *tables(put, layout), *packing(codec), put(output), type_number(element),
+                *self._room(put, layout, codec),
+            )  # fmt: skip
 
-        self._call("cuda_decode", arguments)
+        self._run("cuda_decode", arguments)
+
+    def clear(
+        self, packets: U8, stride: int, layout: Layout, codec: Codec, packet_type: ElementType, output: Bits,
+        element: ElementType,
+    ) -> None:  # fmt: skip
+        def arguments(put: Put) -> tuple[Any, ...]:
+            return (
+                put(packets), stride, *tables(put, layout), *packing(codec), type_number(packet_type), put(output),
+                type_number(element), *self._room(put, layout, codec),
+            )  # fmt: skip
+
+        self._run("cuda_clear", arguments)
 
     def reduce(
         self, packets: U8, stride: int, ranks: int, factor: float, layout: Layout, codec: Codec, output: Bits,
@@ -102,10 +149,10 @@ class DeviceKernels:
         def arguments(put: Put) -> tuple[Any, ...]:
             return (
                 put(packets), stride, ranks, factor, *tables(put, layout), *packing(codec), put(output),
-                type_number(element),
+                type_number(element), *self._room(put, layout, codec, ranks),
             )  # fmt: skip
 
-        self._call("cuda_reduce", arguments)
+        self._run("cuda_reduce", arguments)
 
     def reduce_encode(
         self, packets: U8, stride: int, ranks: int, factor: float, layout: Layout, codec: Codec, out: U8,
@@ -116,18 +163,14 @@ class DeviceKernels:
             step_word = put(np.array([step], np.int64))
             return (
                 put(packets), stride, ranks, factor, *tables(put, layout), *packing(codec), stochastic, put(residual),
-                seed, step_word, put(out), type_number(element),
+                seed, step_word, put(out), type_number(element), *self._room(put, layout, codec, ranks),
             )  # fmt: skip
 
-        self._call("cuda_reduce_encode", arguments)
+        self._run("cuda_reduce_encode", arguments)
 
 
 def tables(put: Put, layout: Layout) -> tuple[int, int, int, int]:
     return put(layout.segments), len(layout.segments) - 1, put(layout.packets), len(layout.packets)
-
-
-def packing(codec: Codec) -> tuple[int, int, bool]:
-    return codec.kind, codec.group, codec.hadamard
 
 
 ON_DEVICE = [pytest.param("device", marks=pytest.mark.cuda)]
@@ -196,6 +239,62 @@ def test_a_refused_packet_is_named(kernels: DeviceKernels) -> None:
         kernels.decode(memory.bytes, memory.stride, layout, case.codec, np.zeros(9000, np.uint32), FP32)
 
 
+# TopK.
+
+
+@EACH_CHECK
+def test_carrying_topk(kernels: DeviceKernels, check: str) -> None:
+    codec = reference.topk(Fraction(1, 20), BF16)
+    CHECKS[check](kernels, Case(codec, FP32, "normal", cases.random_table(1, 4, 700, packets=2), skip=1))
+
+
+@EACH_CHECK
+@pytest.mark.parametrize("kernels", ON_DEVICE, indirect=True)
+def test_topk_contents(kernels: DeviceKernels, check: str) -> None:
+    for case in SHORT_CASES:
+        CHECKS[check](kernels, case)
+
+
+@pytest.mark.parametrize("contents", SPARSE_CONTENTS)
+@pytest.mark.parametrize("kernels", ON_DEVICE, indirect=True)
+def test_long_topk_contents(kernels: DeviceKernels, contents: str) -> None:
+    """Segments long enough for a sample; and the selection is the same however the warps take turns."""
+    for element, ratio in product((FP32, BF16), (Fraction(1, 1000), Fraction(1, 100))):
+        for table in (LONG, cases.flat(3_000_001)):
+            case = Case(reference.topk(ratio), element, contents, table)
+            check_encode(_C, kernels, case, with_residual=element == FP32)
+    check_reduce_encode(_C, kernels, case, 3, 1 / 3, with_residual=True)
+    check_decode(_C, kernels, case)
+
+
+@pytest.mark.parametrize("kernels", ON_DEVICE, indirect=True)
+def test_topk_of_many_ranks(kernels: DeviceKernels) -> None:
+    """More ranks than a warp has lanes."""
+    case = Case(reference.topk(Fraction(1, 10), BF16), FP32, "dyadic", cases.random_table(2, 9, 9000), skip=1)
+    check_reduce(_C, kernels, case, 70, 1 / 70)
+    check_reduce_encode(_C, kernels, case, 70, 1 / 70, with_residual=True)
+
+
+@pytest.mark.parametrize("kernels", ON_DEVICE, indirect=True)
+def test_topk_of_many_segments(kernels: DeviceKernels) -> None:
+    """More segments than ranges, in more packets than lanes."""
+    case = Case(reference.topk(Fraction(1, 50)), BF16, "normal", cases.random_table(4, 5000, 600, packets=50))
+    check_encode(_C, kernels, case, with_residual=True)
+    check_decode(_C, kernels, case)
+    check_clear(_C, kernels, case)
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("kernels", ON_DEVICE, indirect=True)
+def test_topk_words_that_do_not_fit_are_refused(kernels: DeviceKernels, operation: str, words: str) -> None:
+    values, _ = sections_of(REFUSED_CASE)
+    assert_refused(kernels, packet_of(REFUSED_CASE, values, np.array(WORDS[words], np.uint16)), operation)
+
+
+# Graphs.
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("codec", ["int4", "int4-hadamard", "sign"])
@@ -214,7 +313,7 @@ def test_a_captured_graph_replays_with_fresh_rounding(codec: str) -> None:
     def encode() -> None:
         _C.cuda_encode(
             x.data_ptr(), 0, 0, *layout_arguments, *packing(case.codec), True, 7, step.data_ptr(), out.data_ptr(),
-            layout.nbytes[0], torch.cuda.current_stream().cuda_stream,
+            layout.nbytes[0], 0, 0, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
 
     graph = torch.cuda.CUDAGraph()
@@ -229,3 +328,50 @@ def test_a_captured_graph_replays_with_fresh_rounding(codec: str) -> None:
         out.zero_()
         encode()
         assert torch.equal(replayed, out)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ratio", ["0.001", "0.2"])
+def test_topk_in_a_captured_graph(ratio: str) -> None:
+    """Encoding for two ranks, reducing, reducing into a packet, decoding and clearing in one CUDA graph: a replay makes
+    of new input what the same calls make of it."""
+    if not _C.cuda_runtime_version():
+        pytest.skip("smallreduce is built without CUDA")
+    layout = SmallreduceLayout.build([(1, 100_000), (100_005, 77)], sr.TopK(float(ratio)).format, torch.float32)
+    numel, nbytes, device = 100_100, layout.stride, torch.device("cuda")
+    inputs = torch.zeros(2, numel, device=device)
+    residuals, server = (
+        torch.zeros(2, 32 * layout.blocks, device=device),
+        torch.zeros(32 * layout.blocks, device=device),
+    )
+    packets = torch.zeros(2, nbytes, dtype=torch.uint8, device=device)
+    packet = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    mean, decoded, cleared = (torch.zeros(numel, device=device) for _ in range(3))
+    error = torch.zeros(1, dtype=torch.int32, device=device)
+    states = (residuals, server, packets, packet, mean, decoded, cleared, error)
+
+    def step() -> None:
+        for rank in range(2):
+            ops.encode(inputs[rank], layout, packets[rank], residuals[rank])
+        ops.reduce(packets.view(-1), nbytes, 2, 0.5, layout, mean, error)
+        ops.reduce_encode(packets.view(-1), nbytes, 2, 0.5, layout, packet, server, error=error)
+        ops.decode(packet, layout, decoded, error)
+        ops.clear(packet, layout, cleared, error)
+
+    step()  # copies the tables and loads the kernels, which a graph must not do
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for number in range(3):
+        inputs.copy_(torch.randn(2, numel, generator=torch.Generator().manual_seed(number)))
+        cleared.fill_(1)
+        before = [state.clone() for state in states]
+        graph.replay()
+        replayed = [state.clone() for state in states]
+        for state, value in zip(states, before, strict=True):
+            state.copy_(value)
+        step()
+        assert all(torch.equal(state, value) for state, value in zip(states, replayed, strict=True))
+        assert decoded.count_nonzero() == sum(sr.TopK(float(ratio)).kept(length) for length in (100_000, 77))
+        assert error.item() == 0

@@ -165,7 +165,7 @@ def test_a_refused_packet_without_an_error_word(kernels: CudaKernels, emulated: 
     packet, output = np.zeros(layout.nbytes[0], np.uint8), np.full(100, 0x7FC00123, np.uint32)
     codec = case.codec
     emulated.cuda_decode(
-        packet.ctypes.data, 0, *layout.arguments, codec.kind, codec.group, False, output.ctypes.data, 0, 0, 0
+        packet.ctypes.data, 0, *layout.arguments, codec.kind, codec.group, False, output.ctypes.data, 0, 0, 0, 0, 0
     )
     assert (output == 0x7FC00123).all()
 
@@ -219,7 +219,7 @@ def test_step_zero_without_a_pointer(kernels: CudaKernels, emulated: Any) -> Non
     x = case.buffer
     emulated.cuda_encode(
         x.ctypes.data, 0, 0, *layout.arguments, case.codec.kind, case.codec.group, False, True, 7, 0,
-        packets[1].ctypes.data, 0, 0,
+        packets[1].ctypes.data, 0, 0, 0, 0,
     )  # fmt: skip
     assert_same(packets[0], packets[1], "packet")
 
@@ -243,7 +243,14 @@ def test_divergence_is_found(emulated: Any) -> None:
         emulated.run_diverging_kernel(16)
 
 
+def test_shared_memory_is_poisoned(emulated: Any) -> None:
+    """Before each block; and there is only so much of it."""
+    assert emulated.peek_shared_memory(5, 128) == [0xA5A5A5A5] * 5 * 32
+    with pytest.raises(RuntimeError, match="more shared memory than there is: 50000"):
+        emulated.peek_shared_memory(5, 50_000)
+
+
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_a_reduction_of_no_ranks_is_refused(emulated: Any, ranks: int) -> None:
     with pytest.raises(ValueError, match=f"ranks is {ranks}, expected at least 1"):
-        emulated.cuda_reduce(0, 0, ranks, 1.0, 0, 0, 0, 1, 20, 128, False, 0, 0, 0, 0)
+        emulated.cuda_reduce(0, 0, ranks, 1.0, 0, 0, 0, 1, 20, 128, False, 0, 0, 0, 0, 0, 0)

@@ -1,7 +1,7 @@
 // Stands in front of the CUDA toolkit's header of this name, so that the kernels and launchers of csrc/cuda compile as plain C++
 // and run on the CPU: each lane of a warp is a fiber, and an operation across lanes is where fibers wait for one another.
 //
-// It offers what those kernels use and no more. They hold no shared memory and no barrier of blocks, so warps are independent:
+// It offers what those kernels use and no more. A block is one warp and there is no barrier of several, so warps are independent:
 // they run one after the other, in an order shuffled by a seed, as do the lanes between two operations.
 #pragma once
 
@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __shared__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -32,7 +33,7 @@ extern dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulation {
 
-enum class Operation { kNone, kShuffle, kShuffleXor, kBallot, kMax };
+enum class Operation { kNone, kShuffle, kShuffleXor, kBallot, kMax, kSum, kBarrier };
 
 // Waits until all 32 lanes of the warp have come to the same operation with the same argument; returns what each brought.
 const uint32_t* exchange(Operation operation, unsigned mask, int argument, uint32_t value);
@@ -44,8 +45,11 @@ struct Settings {
 };
 extern Settings settings;
 
+// The memory that kernels know as shared. A launch may use as much of it as it asks for.
+void set_shared_memory(void* memory, size_t bytes);
+
 // Runs the kernel; throws std::logic_error if the lanes of a warp part ways at an operation.
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 inline uint32_t bits(float value) {
   uint32_t word;
@@ -102,6 +106,18 @@ inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
   return largest;
 }
 
+inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value) {
+  const uint32_t* values = emulation::exchange(emulation::Operation::kSum, mask, 0, value);
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += values[i];
+  return sum;
+}
+
+inline void __syncwarp() { emulation::exchange(emulation::Operation::kBarrier, 0xffffffffu, 0, 0); }
+
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline int __ffs(int word) { return __builtin_ffs(word); }
+
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
@@ -119,6 +135,12 @@ inline float __fadd_rz(float a, float b) {
 inline int32_t atomicCAS(int32_t* address, int32_t expected, int32_t desired) {
   int32_t before = *address;
   if (before == expected) *address = desired;
+  return before;
+}
+
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  uint32_t before = *address;
+  *address = before + value;
   return before;
 }
 
@@ -155,6 +177,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   std::tuple<Parameters...> copied(arguments...);
-  emulation::run_grid(config->gridDim.x, config->blockDim.x, [&] { std::apply(kernel, copied); });
+  emulation::run_grid(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
+                      [&] { std::apply(kernel, copied); });
   return cudaSuccess;
 }

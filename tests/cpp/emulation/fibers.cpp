@@ -13,6 +13,7 @@
 #include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -65,6 +66,25 @@ struct Warp {
 
 thread_local std::unique_ptr<Warp> warp;
 
+struct SharedMemory {
+  void* memory;
+  size_t bytes;
+};
+SharedMemory shared;
+
+// What a block finds in shared memory is what another left there, or anything. AddressSanitizer keeps it to what it asked for.
+void poison_shared_memory(size_t used) {
+  if (used > shared.bytes) throw std::logic_error("more shared memory than there is: " + std::to_string(used));
+  if (used == 0) return;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(shared.memory, shared.bytes);
+#endif
+  memset(shared.memory, 0xa5, used);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(static_cast<char*>(shared.memory) + used, shared.bytes - used);
+#endif
+}
+
 // AddressSanitizer follows the stack that is in use, and has to be told of each change.
 void start_switch(void** save, const void* stack, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -102,7 +122,7 @@ void resume(int lane, unsigned first_thread) {
 }
 
 [[noreturn]] void report(int lane, const char* what) {
-  const char* names[] = {"nothing", "a shuffle", "a xor shuffle", "a ballot", "a maximum"};
+  const char* names[] = {"nothing", "a shuffle", "a xor shuffle", "a ballot", "a maximum", "a sum", "a barrier"};
   auto describe = [&](int number) {
     const Lane& at = warp->lanes[number];
     return "lane " + std::to_string(number) + " is at " + (at.finished ? "the end" : names[int(at.operation)]) + " (" +
@@ -160,7 +180,9 @@ const uint32_t* exchange(Operation operation, unsigned mask, int argument, uint3
   return warp->exchanged;
 }
 
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+void set_shared_memory(void* memory, size_t bytes) { shared = {memory, bytes}; }
+
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (!warp) warp = std::make_unique<Warp>();
   std::mt19937_64 random(settings.seed);
   std::vector<unsigned> order(blocks * (threads / kLanes));
@@ -169,6 +191,7 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& ke
   gridDim.x = blocks;
   for (unsigned number : order) {
     blockIdx.x = number * kLanes / threads;
+    poison_shared_memory(shared_bytes);
     run_warp(number * kLanes % threads, kernel, random);
   }
 }
