@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from smallreduce._layout import BLOCK
-from smallreduce.codecs import Codec, as_int, codec
+from smallreduce.codecs import Codec, PacketCodec, as_int
+from smallreduce.codecs import codec as parse_codec
 
 __all__ = ["ErrorFeedback", "Owner"]
 
@@ -49,8 +50,8 @@ class ErrorFeedback:
     """Worker's and server's residuals of one tensor on this rank, for ``feedback=`` of the collectives.
 
     Made empty; the first collective that it is given to binds it to a codec, a size and a group, with residuals of
-    zero: fp32, as many elements as the tensor, and 1/W of that for the server. Use one for each tensor, not one for
-    two. If a collective fails midway, :meth:`reset` before the next.
+    zero: fp32, as many elements as the tensor, and 1/W of that for the server, or none where nothing is encoded twice.
+    Use one for each tensor, not one for two. If a collective fails midway, :meth:`reset` before the next.
 
     Attributes:
         step: Collectives done so far, int. It enters the random bits, so that no two steps round alike, and is saved.
@@ -108,7 +109,8 @@ class ErrorFeedback:
         if self._owner is None or self.worker is None or self.server is None:
             return 0.0
         # T of docs/wire-formats.md, section 8, times 2^-5 shortens a vector by sqrt(32).
-        factor = math.sqrt(BLOCK) if self._owner.codec.format.hadamard else 1.0
+        codec = self._owner.codec
+        factor = math.sqrt(BLOCK) if isinstance(codec, PacketCodec) and codec.format.hadamard else 1.0
         return math.hypot(float(self.worker.norm()), factor * float(self.server.norm()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class ErrorFeedback:
             return
         _check_keys("its owner", state["owner"], set(Owner._fields))
         sizes = {name: as_int(state["owner"][name], name) for name in Owner._fields[1:]}
-        chosen = codec(state["owner"]["codec"])
+        chosen = parse_codec(state["owner"]["codec"])
         if chosen is None:
             raise ValueError("its owner must have a codec, got None")
         owner = Owner(chosen, **sizes)

@@ -9,6 +9,7 @@ from torch import Tensor
 import smallreduce as sr
 from smallreduce import ops
 from smallreduce._layout import Layout
+from smallreduce.codecs import PacketCodec
 from smallreduce.collectives._engine import chunk_count, stage_seed
 
 _SIXTEENTH = 1 / 16
@@ -16,7 +17,7 @@ _SIXTEENTH = 1 / 16
 
 def to_original_domain(residual: Tensor, codec: sr.Codec) -> Tensor:
     """A server's residual, kept in the domain in which the codec adds, as error of the tensor itself."""
-    if not codec.format.hadamard:
+    if not isinstance(codec, PacketCodec) or not codec.format.hadamard:
         return residual
     # T of docs/wire-formats.md, section 8, on every 32 elements: 2^5 T(e * 2^-5).
     x = residual
@@ -38,10 +39,10 @@ def dyadic(numel: int, rank: int, seed: int = 0) -> Tensor:
     return torch.randint(-63, 64, (numel,), generator=generator) * _SIXTEENTH
 
 
-def composed_all_reduce(everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
-    """The all-reduce of every rank's flat tensor."""
+def composed_all_reduce(everyones: list[Tensor], codec: PacketCodec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
+    """The all-reduce of every rank's flat tensor, by packets that are split among the ranks."""
     world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
-    chunks = chunk_count(numel, world)
+    chunks = chunk_count(numel, world, codec)
     layout = Layout.build([(0, numel)], codec.format, dtype, packets=chunks * world)
     stride = layout.stride
     sent = []
@@ -63,8 +64,18 @@ def composed_all_reduce(everyones: list[Tensor], codec: sr.Codec, op: dist.Reduc
     return result
 
 
+def composed_gather(everyones: list[Tensor], codec: PacketCodec, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """The all-reduce of every rank's flat tensor, by packets that go whole to all ranks."""
+    world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
+    total = torch.zeros(numel)
+    for x in everyones:
+        sent = sr.decode(sr.encode(x, codec), codec, numel, dtype).float()
+        total += sent * (1 / world) if op == dist.ReduceOp.AVG else sent
+    return total.to(dtype)
+
+
 def composed_reduce_scatter(
-    everyones: list[Tensor], codec: sr.Codec, op: dist.ReduceOp.RedOpType, seed: int
+    everyones: list[Tensor], codec: PacketCodec, op: dist.ReduceOp.RedOpType, seed: int
 ) -> list[Tensor]:
     """Each rank's part of the sum: the parts are encoded as segments of their own."""
     world, numel, dtype = len(everyones), everyones[0].numel() // len(everyones), everyones[0].dtype
@@ -84,7 +95,7 @@ def composed_reduce_scatter(
     return results
 
 
-def composed_all_gather(everyones: list[Tensor], codec: sr.Codec, seed: int) -> Tensor:
+def composed_all_gather(everyones: list[Tensor], codec: PacketCodec, seed: int) -> Tensor:
     """What every rank sees of all."""
     return torch.cat(
         [

@@ -60,7 +60,7 @@ def _several_chunks(rank: int, world: int) -> None:
     from smallreduce.collectives._engine import chunk_count
 
     codec = sr.IntQuant(4)
-    assert chunk_count(numel, world) > 1
+    assert chunk_count(numel, world, codec) > 1
     assert equal_bits(x, composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=3))
 
 
@@ -170,7 +170,7 @@ def test_calls_without_a_seed_round_differently() -> None:
 
 
 def _non_finite(rank: int, world: int) -> None:
-    for codec in ("int4", "int4-hadamard", "sign", "fp16", "fp8-e4m3"):
+    for codec in ("int4", "int4-hadamard", "sign", "fp16", "fp8-e4m3", "topk:0.01", "topk:0.01,values=fp16"):
         for value in (float("nan"), float("inf"), float("-inf")):
             x = inputs(2048, world, torch.float32)[rank]
             if rank == 1:

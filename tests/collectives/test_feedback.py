@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unittest.mock
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import smallreduce as sr
 from collectives.compose import dyadic, inputs, to_original_domain
 from ranks import run
 from smallreduce._layout import BLOCK
-from smallreduce.collectives import AllReduce, channel_of
+from smallreduce.collectives import _engine_for, channel_of, engine_for
 
 _CPU = torch.device("cpu")
 
@@ -33,18 +35,37 @@ def _telescopes(rank: int, world: int, spelling: str, sum_of: bool) -> dict[str,
     assert feedback.step == steps
     assert feedback.worker is not None
     assert feedback.server is not None
-    engine = AllReduce([(0, numel)], codec, torch.float32, channel_of(None, _CPU))
-    server = torch.zeros(engine.layout.blocks, BLOCK)
+    engine = engine_for([(0, numel)], codec, torch.float32, channel_of(None, _CPU))
+    server = torch.zeros(engine.worker_numel // BLOCK, BLOCK)
     server[engine.server_origins] = to_original_domain(feedback.server, codec).view(-1, BLOCK)
     owed = feedback.worker[:numel].double()
     return {"given": given, "outputs": outputs, "worker": owed, "server": server.view(-1)[:numel].double()}
 
 
-@pytest.mark.parametrize("spelling", ["int8", "int4", "int2", "int4:rounding=stochastic", "int4-hadamard", "sign"])
-@pytest.mark.parametrize(("world", "sum_of"), [(2, False), (3, True)])
-def test_outputs_plus_residuals_are_the_inputs(spelling: str, world: int, sum_of: bool) -> None:
+def _telescopes_when_split(rank: int, world: int, spelling: str, sum_of: bool) -> dict[str, torch.Tensor]:
+    with unittest.mock.patch.object(_engine_for, "gathers", return_value=False):
+        result = _telescopes(rank, world, spelling, sum_of)
+    assert result["server"].any()
+    return result
+
+
+DENSE = ["int8", "int4", "int2", "int4:rounding=stochastic", "int4-hadamard", "sign"]
+SPARSE = ["topk:0.05", "topk:0.05,values=bf16", "random-blocks:0.2", "random-blocks:0.2,block=100"]
+
+
+@pytest.mark.parametrize(
+    ("function", "spelling", "world", "sum_of"),
+    [
+        *((_telescopes, spelling, *case) for spelling in DENSE for case in ((2, False), (3, True))),
+        *((_telescopes, spelling, *case) for spelling in SPARSE for case in ((2, False), (3, True), (4, False))),
+        *((_telescopes_when_split, spelling, *case) for spelling in SPARSE[:2] for case in ((2, False), (3, True))),
+    ],
+)
+def test_outputs_plus_residuals_are_the_inputs(
+    function: Callable[..., Any], spelling: str, world: int, sum_of: bool
+) -> None:
     # Inputs are multiples of 1/16 below 4, scales have 8 bits: every sum here is exact, so nothing may be missing.
-    ranks = run(_telescopes, world, spelling, sum_of)
+    ranks = run(function, world, spelling, sum_of)
     factor = 1.0 if sum_of else 1 / world
     given = sum(result["given"] for result in ranks) * factor
     owed = sum(result["worker"] for result in ranks) * factor + sum(result["server"] for result in ranks)
@@ -69,13 +90,13 @@ def test_constant_gradient_is_reached() -> None:
     run(_constant, 2)
 
 
-def _non_finite_is_not_stored(rank: int, world: int) -> None:
+def _non_finite_is_not_stored(rank: int, world: int, spelling: str) -> None:
     feedback = sr.ErrorFeedback()
     for value in (0.0, float("nan"), float("inf"), 0.0):
         x = inputs(1000, world, torch.float32)[rank]
         if rank == 0:
             x[5] += value
-        sr.all_reduce(x, "int4", feedback=feedback)
+        sr.all_reduce(x, spelling, feedback=feedback)
         assert feedback.worker is not None
         assert feedback.server is not None
         assert feedback.worker.isfinite().all()
@@ -83,8 +104,9 @@ def _non_finite_is_not_stored(rank: int, world: int) -> None:
         assert x.isfinite().all() == (value == 0.0)
 
 
-def test_non_finite_values_are_not_stored() -> None:
-    run(_non_finite_is_not_stored, 2)
+@pytest.mark.parametrize("spelling", ["int4", "topk:0.01", "random-blocks:0.1,block=16"])
+def test_non_finite_values_are_not_stored(spelling: str) -> None:
+    run(_non_finite_is_not_stored, 2, spelling)
 
 
 def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, Any]]:
@@ -116,7 +138,7 @@ def _saved_and_loaded(rank: int, world: int, spelling: str) -> list[dict[str, An
     return [state]
 
 
-@pytest.mark.parametrize("spelling", ["int4", "int4-hadamard"])
+@pytest.mark.parametrize("spelling", ["int4", "int4-hadamard", "topk:0.05,values=bf16", "random-blocks:0.2,block=100"])
 def test_a_loaded_state_goes_on_bit_for_bit(spelling: str) -> None:
     run(_saved_and_loaded, 2, spelling)
 

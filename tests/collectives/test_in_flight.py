@@ -64,7 +64,7 @@ def _eighty(rank: int, world: int) -> None:
 
 def _eighty_in_chunks(rank: int, world: int) -> None:
     with unittest.mock.patch.object(_engine, "CHUNK_NUMEL", 8192):
-        assert _engine.chunk_count(max(_SIZES), world) > 2
+        assert _engine.chunk_count(max(_SIZES), world, sr.IntQuant(4)) > 2
         _eighty(rank, world)
 
 

@@ -38,13 +38,13 @@ def _matches_composition(rank: int, world: int, codecs: list[str]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_composition(world: int) -> None:
-    run(_matches_composition, world, ["int4", "int8:group=32", "int4-hadamard", "sign", "bf16"])
+    run(_matches_composition, world, ["int4", "int8:group=32", "int4-hadamard", "sign", "bf16", "topk:0.1"])
 
 
 def _several_chunks(rank: int, world: int) -> None:
     numel = 3_000_007
     codec = sr.IntQuant(4)
-    assert chunk_count(world * numel, world) > 1
+    assert chunk_count(world * numel, world, codec) > 1
     everyones = inputs(world * numel, world, torch.float32)
     out = torch.empty(numel)
     sr.reduce_scatter(out, everyones[rank], codec, seed=4)
@@ -102,14 +102,14 @@ def test_no_codec_is_torchs_own() -> None:
     run(_plain, 2)
 
 
-def _feedback(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _feedback(rank: int, world: int, spelling: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     feedback = sr.ErrorFeedback()
     total, given = torch.zeros(512, dtype=torch.float64), torch.zeros(world * 512, dtype=torch.float64)
     for step in range(10):
         x = dyadic(world * 512, rank, seed=step)
         given += x
         out = torch.empty(512)
-        sr.reduce_scatter(out, x, "int4", feedback=feedback)
+        sr.reduce_scatter(out, x, spelling, feedback=feedback)
         total += out
     assert feedback.worker is not None
     assert feedback.server is not None
@@ -117,8 +117,9 @@ def _feedback(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return total, given, feedback.worker.double()
 
 
-def test_feedback_loses_nothing() -> None:
+@pytest.mark.parametrize("spelling", ["int4", "topk:0.1,values=bf16"])
+def test_feedback_loses_nothing(spelling: str) -> None:
     # Exact, as in test_feedback.py: the parts are whole blocks, so the residual is in the order of the elements.
-    ranks = run(_feedback, 2)
+    ranks = run(_feedback, 2, spelling)
     outputs = torch.cat([total for total, _, _ in ranks])
     assert torch.equal(outputs + sum(owed for _, _, owed in ranks) / 2, sum(given for _, given, _ in ranks) / 2)

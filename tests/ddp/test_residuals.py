@@ -24,7 +24,7 @@ SHAPES = ((33, 9), (128, 5), (7, 1), (257, 3), (64, 64), (5, 30))
 USE = (3, 0, 5, 1, 4, 2)
 
 
-def _owed(state: sr.ddp.HookState, world: int) -> dict[str, torch.Tensor]:
+def owed_to(state: sr.ddp.HookState, world: int) -> dict[str, torch.Tensor]:
     """What is owed to the mean of each gradient, in fp64: the mean of the workers' residuals, and the servers'."""
     owed = {}
     for name, saved in state.state_dict()["parameters"].items():
@@ -41,7 +41,7 @@ def _owed(state: sr.ddp.HookState, world: int) -> dict[str, torch.Tensor]:
     return owed
 
 
-def _mean(gradient: torch.Tensor) -> torch.Tensor:
+def mean_of(gradient: torch.Tensor) -> torch.Tensor:
     mean = gradient.double() / dist.get_world_size()
     dist.all_reduce(mean)
     return mean.flatten()
@@ -73,9 +73,9 @@ def _telescope(rank: int, world: int, codec: str) -> None:
         ddp(given).backward()
         for (name, parameter), gradient in zip(ddp.module.named_parameters(), given, strict=True):
             assert parameter.grad is not None
-            went_in[name] += _mean(gradient)
+            went_in[name] += mean_of(gradient)
             came_out[name] += parameter.grad.double().flatten()
-        owed = _owed(state, world)
+        owed = owed_to(state, world)
         for name in went_in:
             assert torch.equal(went_in[name], came_out[name] + owed[name]), (step, name)
         assert max(float(error.abs().max()) for error in owed.values()) > 0
@@ -111,11 +111,11 @@ def _unused(rank: int, world: int, view: bool) -> None:
             given[4] = None
         ddp(given).backward()
         for name, parameter, gradient in zip(names, ddp.module.parameters(), given, strict=True):
-            went_in[name] += _mean(torch.zeros_like(parameter) if gradient is None else gradient)
+            went_in[name] += mean_of(torch.zeros_like(parameter) if gradient is None else gradient)
             if parameter.grad is not None:
                 came_out[name] += parameter.grad.double().flatten()
         assert (list(ddp.module.parameters())[4].grad is None) == (step in (1, 2))
-        owed = _owed(state, world)
+        owed = owed_to(state, world)
         for name in names:
             assert torch.equal(went_in[name], came_out[name] + owed[name]), (step, name)
         if step in (1, 2):
@@ -169,12 +169,12 @@ def _whole_server(saved: dict[str, Any]) -> torch.Tensor:
     return whole
 
 
-def _scaled(rank: int, world: int, passes: int, options: dict[str, Any]) -> None:
+def _scaled(rank: int, world: int, passes: int, options: dict[str, Any], codec: str) -> None:
     """With a loss scale, powers of two, everything is that of a run without one, skipped steps left out."""
     plain, scaled = (_given(**options) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
-    state = sr.ddp.register(plain, "int4:rounding=nearest")
-    scaled_state = sr.ddp.register(scaled, "int4:rounding=nearest", scaler=scaler)
+    state = sr.ddp.register(plain, codec)
+    scaled_state = sr.ddp.register(scaled, codec, scaler=scaler)
     optimizers = [torch.optim.SGD(ddp.parameters(), lr=0.25) for ddp in (plain, scaled)]
     scales = [scaler.get_scale()]
     for step in range(8):
@@ -216,7 +216,11 @@ def _scaled(rank: int, world: int, passes: int, options: dict[str, Any]) -> None
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_residuals_follow_the_loss_scale_and_skipped_steps_leave_them(passes: int, options: dict[str, Any]) -> None:
-    run(_scaled, 2, passes, options)
+    run(_scaled, 2, passes, options, "int4:rounding=nearest")
+
+
+def test_residuals_of_a_sparse_codec_follow_the_loss_scale() -> None:
+    run(_scaled, 2, 2, {"find_unused_parameters": True}, "topk:0.1")
 
 
 def _changes_scale(rank: int, world: int) -> None:

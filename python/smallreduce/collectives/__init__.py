@@ -1,6 +1,6 @@
 """Compressed collectives on any torch process group.
 
-For the layers above, beside the public functions: :class:`AllReduce` is the engine of one bucket, :func:`channel_of`
+For the layers above, beside the public functions: :func:`engine_for` makes the engine of one bucket, :func:`channel_of`
 gives what it runs on, and :func:`agree` compares what the ranks are about to do.
 """
 
@@ -8,13 +8,15 @@ from smallreduce.collectives._agreement import agree
 from smallreduce.collectives._all_gather import AllGather, all_gather
 from smallreduce.collectives._all_reduce import all_reduce
 from smallreduce.collectives._channel import Channel, channel_of, shutdown
-from smallreduce.collectives._engine import AllReduce
+from smallreduce.collectives._engine import AllReduce, BucketEngine
+from smallreduce.collectives._engine_for import engine_for
 from smallreduce.collectives._reduce_scatter import ReduceScatter, reduce_scatter
 from smallreduce.collectives._work import Work
 
 __all__ = [
     "AllGather",
     "AllReduce",
+    "BucketEngine",
     "Channel",
     "ReduceScatter",
     "Work",
@@ -22,6 +24,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "channel_of",
+    "engine_for",
     "reduce_scatter",
     "shutdown",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smallreduce import ops
 from smallreduce._layout import Layout
-from smallreduce.codecs import Codec
+from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Start
 from smallreduce.collectives._compat import all_gather_single
@@ -25,9 +25,9 @@ class AllGather(Engine):
 
     name = "all_gather"
 
-    def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
+    def __init__(self, numel: int, codec: PacketCodec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel, world), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel, world, codec), codec)
         chunks = len(spans)
         format = codec.format
         shard = Layout.build(spans, format, dtype, chunks, range(chunks))
@@ -50,7 +50,7 @@ class AllGather(Engine):
         after: Callable[[], None] | None = None,
         start: Start = IN_BACKGROUND,
     ) -> Work:
-        """Starts it; see :meth:`AllReduce.launch`. ``input`` may be this rank's part of ``output``."""
+        """Starts it; see :meth:`BucketEngine.launch`. ``input`` may be this rank's part of ``output``."""
         self._claim(after, output, input)
         self._output, self._input = output, input
         self._seed = stage_seed(seed, bucket, self.channel.rank, 0)
@@ -109,7 +109,7 @@ def all_gather(
     world, counted = channel.world_size, next(channel.seeds)
     engine: AllGather | None = None
     with _call.refusing(channel):
-        chosen = _call.parse(codec, x, "x", channel)
+        chosen = _call.parse_packets(codec, x, "x", channel)
         base = _call.check_seed(seed, counted)
         _call.check_output(out, x, world * x.numel(), channel)
         if world == 1:

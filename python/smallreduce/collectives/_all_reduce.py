@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from smallreduce._layout import BLOCK
 from smallreduce.codecs import Codec
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import Start
-from smallreduce.collectives._engine import AllReduce
+from smallreduce.collectives._engine import BucketEngine
+from smallreduce.collectives._engine_for import engine_for
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback, Owner
 
@@ -27,7 +29,8 @@ def all_reduce(
     """Reduces ``x`` over the ranks of a group, in place, through compressed packets. All ranks end with the same bits.
 
     Every rank sends its own packets once and one reduced shard: of what torch's fp32 all-reduce sends, about
-    ``codec.bits_per_element / 32``. Like every collective it is called by all ranks of the group in the same order.
+    ``codec.bits_per_element / 32``. Sparse packets go whole to all ranks instead, while these are few or the packets
+    small (docs/architecture.md). Like every collective it is called by all ranks of the group in the same order.
     On CPU tensors the ranks compare their arguments first: also with ``async_op`` the call blocks until all ranks have
     entered it. On CUDA tensors they do not, nothing blocks, and the call cannot be captured in a CUDA graph.
 
@@ -54,7 +57,7 @@ def all_reduce(
     """
     channel = _call.enter(group, x)
     world, counted = channel.world_size, next(channel.seeds)
-    engine: AllReduce | None = None
+    engine: BucketEngine | None = None
     worker = server = None
     with _call.refusing(channel):
         chosen = _call.parse(codec, x, "x", channel)
@@ -70,9 +73,9 @@ def all_reduce(
             return _call.alone(x, async_op)
         key = ("all_reduce", chosen, x.numel(), x.dtype)
         if chosen is not None:
-            engine = channel.borrow(key) or AllReduce([(0, x.numel())], chosen, x.dtype, channel)
+            engine = channel.borrow(key) or engine_for([(0, x.numel())], chosen, x.dtype, channel)
             if feedback is not None:
-                blocks = len(engine.server_origins)
+                blocks = engine.server_numel // BLOCK
                 owner = Owner(chosen, x.numel(), channel.rank, world, engine.chunks, blocks)
                 worker, server = feedback.bind(owner, channel.device)
         target = x.detach()
@@ -97,7 +100,7 @@ def all_reduce(
     def begin(start: Start) -> Work:
         assert engine is not None
         step = 0 if feedback is None else feedback.step
-        work = engine.launch(flat, op, worker, server, base, 0, step, x, after, start)
+        work = engine.launch(flat, op, worker, server, base, step=step, value=x, after=after, start=start)
         if feedback is not None:
             feedback.advance(base)
         return work

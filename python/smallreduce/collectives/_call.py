@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smallreduce.codecs import Cast, Codec, as_int, check_elements, codec
+from smallreduce.codecs import Cast, Codec, PacketCodec, as_int, check_elements, codec
 from smallreduce.collectives._agreement import Agreement, refuse
 from smallreduce.collectives._channel import Channel, Exchange, Stages, Start, channel_of
 from smallreduce.collectives._work import Work
@@ -27,6 +27,7 @@ __all__ = [
     "enter",
     "own_group",
     "parse",
+    "parse_packets",
     "plain",
     "refusing",
     "run",
@@ -121,6 +122,14 @@ def parse(spelling: str | Codec | None, x: object, name: str, channel: Channel) 
         return None
     check_elements(x, name)
     return chosen
+
+
+def parse_packets(spelling: str | Codec | None, x: object, name: str, channel: Channel) -> PacketCodec | None:
+    """As :func:`parse`, for a collective whose parts travel as packets."""
+    chosen = parse(spelling, x, name, channel)
+    if chosen is None or isinstance(chosen, PacketCodec):
+        return chosen
+    raise TypeError(f"{chosen} makes no packets: it is for all_reduce, the DDP hook and the optimizers")
 
 
 class Plain(Stages):

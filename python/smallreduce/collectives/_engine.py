@@ -1,13 +1,14 @@
-"""The engine of the compressed all-reduce: bound once to a layout, a codec and a group; used by ``all_reduce`` and by
-the DDP hook.
+"""What the engines of all collectives have in common, and the engine of the compressed all-reduce.
 
-A bucket of segments is cut into ``chunks * W`` packets. Chunk c is the packets ``c * W`` to ``(c + 1) * W``, one for
-each rank: exchanged by one all-to-all, reduced into one packet on each rank, collected by one all-gather, decoded.
-While one chunk is on the wire, others are in the kernels.
+An engine is bound once to segments, a codec and a group. :class:`AllReduce` cuts a bucket of segments into
+``chunks * W`` packets. Chunk c is the packets ``c * W`` to ``(c + 1) * W``, one for each rank: exchanged by one
+all-to-all, reduced into one packet on each rank, collected by one all-gather, decoded. While one chunk is on the wire,
+others are in the kernels.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,25 +18,28 @@ from torch import Tensor
 from smallreduce import ops
 from smallreduce._layout import BLOCK, Layout
 from smallreduce._native import native
-from smallreduce.codecs import Codec
+from smallreduce.codecs import PacketCodec
 from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Stages, Start
 from smallreduce.collectives._work import Work
 
-__all__ = ["AllReduce", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
+__all__ = ["AllReduce", "BucketEngine", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
 
 # Elements of a chunk at the most, between two ranks. Each chunk costs handing-over between threads, gloo's and ours,
 # which weighs where the link is fast; several in flight keep a slow link busy while the kernels run. More ranks take
-# smaller ones, a quarter from four on: their connections drift apart, and a chunk waits for the slowest.
+# smaller ones, a quarter from four on: their connections drift apart, and a chunk waits for the slowest. Sparse packets
+# are counted by their bytes instead, since these are what the wire and all kernels but the first have to do with.
 CHUNK_NUMEL = 1 << 22
 
 
-def chunk_count(numel: int, world_size: int) -> int:
+def chunk_count(numel: int, world_size: int, codec: PacketCodec) -> int:
     """Into how many chunks a collective on ``numel`` elements is cut: the same on all ranks."""
-    return max(1, -(-numel * min(world_size, 4) ** 2 // (4 * CHUNK_NUMEL)))
+    load = codec.packet_nbytes(numel) if codec.format.is_sparse else numel
+    return max(1, -(-load * min(world_size, 4) ** 2 // (4 * CHUNK_NUMEL)))
 
 
-def chunk_spans(numel: int, chunks: int, codec: Codec) -> list[tuple[int, int]]:
-    """``(offset, length)`` of the chunks of a flat tensor, cut between groups, so that a cut changes no code."""
+def chunk_spans(numel: int, chunks: int, codec: PacketCodec) -> list[tuple[int, int]]:
+    """``(offset, length)`` of the chunks of a flat tensor, cut between groups, so that a cut changes no code. A sparse
+    codec selects in each chunk on its own."""
     group = codec.format.group
     size = max(group, -(-numel // (chunks * group)) * group)
     return [(offset, min(size, numel - offset)) for offset in range(0, max(numel, 1), size)]
@@ -96,42 +100,31 @@ class Engine(Stages):
         return step
 
 
-class AllReduce(Engine):
-    """Compressed all-reduce, in place, of the segments of a flat buffer.
-
-    Args:
-        segments: ``(offset, length)`` in elements of the buffer. The same on all ranks.
-        codec: The wire format.
-        dtype: Of the buffer.
-        channel: ``channel_of(group, device)``.
+class BucketEngine(Engine):
+    """An engine that all-reduces the segments of a flat buffer in place: what ``all_reduce`` and the DDP hook call.
 
     Attributes:
-        layout: All packets of the bucket.
+        collectives: Of torch's, that one call issues.
+        bytes_sent: Payload that this rank sends in one call; where that is not always the same, in the latest.
         worker_numel: Elements of the worker's residual (fp32, block order of the segments: element j of block b at
             ``32 * b + j``).
-        server_numel: Elements of the server's residual (fp32; in the codec's domain).
+        server_numel: Elements of the server's residual (fp32; in the codec's domain). 0 where nothing is encoded a
+            second time.
         server_origins: int64, for each block of the server's residual, the block of the bucket that it stands for.
-        bytes_sent: Payload that this rank sends in one call.
     """
 
     name = "all_reduce"
+    collectives: int
+    bytes_sent: int
+    worker_numel: int
+    server_numel = 0
+    server_origins = torch.empty(0, dtype=torch.int64)
 
-    def __init__(self, segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
-        world = channel.world_size
-        chunks = chunk_count(sum(length for _, length in segments), world)
-        self.codec = codec
-        self.layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
-        self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
-        self._shards = [layout.select([channel.rank]) for layout in self._layouts]
-        strides = [layout.stride for layout in self._layouts]
-        super().__init__(channel, strides)
-        self._received = self._buffers(strides)
-        self.worker_numel = BLOCK * self.layout.blocks
-        server_numels = [BLOCK * shard.blocks for shard in self._shards]
-        self._server_numels = server_numels
-        self.server_numel = sum(server_numels)
-        self.server_origins = torch.cat([shard.block_origins() for shard in self._shards])
-        self.bytes_sent = 2 * (world - 1) * sum(strides)
+    @property
+    def packet_blocks(self) -> list[int]:
+        """The blocks of each packet of which a rank encodes the sum again, in the order of the blocks; packet p is that
+        of rank p mod W. Empty where nothing is encoded a second time."""
+        return []
 
     def launch(
         self,
@@ -142,6 +135,7 @@ class AllReduce(Engine):
         seed: int = 0,
         bucket: int = 0,
         step: int | Tensor = 0,
+        masked: Tensor | None = None,
         value: Tensor | None = None,
         after: Callable[[], None] | None = None,
         start: Start = IN_BACKGROUND,
@@ -154,24 +148,82 @@ class AllReduce(Engine):
             worker, server: Residuals, read and replaced; None: no feedback on that side.
             seed, bucket, step: What the random bits depend on, beside rank and stage; the same on all ranks. ``step``
                 may be an int64 tensor of one element on the buffer's device.
+            masked: With sparse packets: laid out as the worker's residual, set to zero at the elements that this rank
+                sends, before this returns.
             value: What the Work's future gives; None: ``buffer``.
             after: Called when the result stands in the buffer and the engine is free, before the Work completes.
             start: How.
         """
-        self._claim(after, buffer, worker, server)
+        self._claim(after, buffer, worker, server, masked)
         self._buffer = buffer
         self._factor = factor_of(op, self.channel.world_size)
         self._worker = worker
-        none: list[Tensor | None] = [None] * self.chunks
-        self._servers = none if server is None else list(server.split(self._server_numels))
-        self._seeds = [stage_seed(seed, bucket, self.channel.rank, stage) for stage in (0, 1)]
-        self._at_step = self._step(step)
+        self._masked = masked
+        self._prepare(server, seed, bucket, step)
         work = Work(buffer if value is None else value, self.bytes_sent)
         self.channel.run(self, work, start)
         return work
 
+    @abstractmethod
+    def _prepare(self, server: Tensor | None, seed: int, bucket: int, step: int | Tensor) -> None:
+        """Takes what else :meth:`launch` was given, before the stages begin."""
+
+    def _mask(self, packets: Tensor, layout: Layout) -> None:
+        """Called with packets of this rank when they are encoded."""
+        if self._masked is not None:
+            ops.clear(packets, layout.by_origin, self._masked)
+
+    def done(self) -> None:
+        del self._buffer, self._worker, self._masked  # an idle engine keeps no one's tensors alive
+        super().done()
+
+
+class AllReduce(BucketEngine):
+    """All-reduce through packets that are split among the ranks: each reduces its part and encodes the sum again. For
+    dense codecs, and for sparse ones where the packets of all ranks would be too many for each.
+
+    Args:
+        segments: ``(offset, length)`` in elements of the buffer. The same on all ranks.
+        codec: The wire format.
+        dtype: Of the buffer.
+        channel: ``channel_of(group, device)``.
+
+    Attributes:
+        layout: All packets of the bucket.
+    """
+
+    def __init__(
+        self, segments: Sequence[tuple[int, int]], codec: PacketCodec, dtype: torch.dtype, channel: Channel
+    ) -> None:
+        world = channel.world_size
+        chunks = chunk_count(sum(length for _, length in segments), world, codec)
+        self.layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
+        self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
+        self._shards = [layout.select([channel.rank]) for layout in self._layouts]
+        strides = [layout.stride for layout in self._layouts]
+        super().__init__(channel, strides)
+        self._received = self._buffers(strides)
+        self.worker_numel = BLOCK * self.layout.blocks
+        server_numels = [BLOCK * shard.blocks for shard in self._shards]
+        self._server_numels = server_numels
+        self.server_numel = sum(server_numels)
+        self.server_origins = torch.cat([shard.block_origins() for shard in self._shards])
+        self.collectives = 2 * chunks
+        self.bytes_sent = 2 * (world - 1) * sum(strides)
+
+    @property
+    def packet_blocks(self) -> list[int]:
+        return [self.layout.select([packet]).blocks for packet in range(self.layout.packet_count)]
+
+    def _prepare(self, server: Tensor | None, seed: int, bucket: int, step: int | Tensor) -> None:
+        none: list[Tensor | None] = [None] * self.chunks
+        self._servers = none if server is None else list(server.split(self._server_numels))
+        self._seeds = [stage_seed(seed, bucket, self.channel.rank, stage) for stage in (0, 1)]
+        self._at_step = self._step(step)
+
     def encode(self, chunk: int) -> None:
         ops.encode(self._buffer, self._layouts[chunk], self._sent[chunk], self._worker, self._seeds[0], self._at_step)
+        self._mask(self._sent[chunk], self._layouts[chunk])
 
     def send(self, chunk: int, tag: int) -> Exchange:
         return self.channel.all_to_all(self._received[chunk], self._sent[chunk], tag)
@@ -191,5 +243,5 @@ class AllReduce(Engine):
         ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self.channel.error)
 
     def done(self) -> None:
-        del self._buffer, self._worker, self._servers  # an idle engine keeps no one's tensors alive
+        del self._servers
         super().done()

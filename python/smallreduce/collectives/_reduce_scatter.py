@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smallreduce import ops
 from smallreduce._layout import Layout
-from smallreduce.codecs import Codec
+from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Start
 from smallreduce.collectives._compat import reduce_scatter_single
@@ -30,9 +30,9 @@ class ReduceScatter(Engine):
 
     name = "reduce_scatter"
 
-    def __init__(self, numel: int, codec: Codec, dtype: torch.dtype, channel: Channel) -> None:
+    def __init__(self, numel: int, codec: PacketCodec, dtype: torch.dtype, channel: Channel) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel, world), codec)
+        spans = chunk_spans(numel, chunk_count(world * numel, world, codec), codec)
         chunks = len(spans)
         format = codec.format
         segments = [(rank * numel + offset, length) for rank in range(world) for offset, length in spans]
@@ -59,7 +59,7 @@ class ReduceScatter(Engine):
         after: Callable[[], None] | None = None,
         start: Start = IN_BACKGROUND,
     ) -> Work:
-        """Starts it; see :meth:`AllReduce.launch`. ``input`` is left as it was."""
+        """Starts it; see :meth:`BucketEngine.launch`. ``input`` is left as it was."""
         self._claim(after, output, input, worker)
         self._output, self._input = output, input
         self._factor = factor_of(op, self.channel.world_size)
@@ -126,7 +126,7 @@ def reduce_scatter(
     engine: ReduceScatter | None = None
     worker = None
     with _call.refusing(channel):
-        chosen = _call.parse(codec, x, "x", channel)
+        chosen = _call.parse_packets(codec, x, "x", channel)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
         if chosen is not None and feedback is not None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from smallreduce._layout import BLOCK
-from smallreduce.codecs import Codec
+from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives._channel import Channel
-from smallreduce.collectives._engine import AllReduce
+from smallreduce.collectives._engine_for import engine_for
 from smallreduce.ddp._memory import Binding, blocks_of
 from smallreduce.ddp._policy import Choice
 from smallreduce.ddp._stats import BucketStats
@@ -45,19 +45,18 @@ class Part:
         self.slots = tuple(slots)
         self.codec = codec
         self.number = number
-        self.engine = AllReduce([(slot.offset, slot.numel) for slot in slots], codec, dtype, channel)
+        self.engine = engine_for([(slot.offset, slot.numel) for slot in slots], codec, dtype, channel)
         self.binding: Binding | None = None
         self.input_norm: torch.Tensor | None = None
         self.error_norm: torch.Tensor | None = None
 
     @property
     def collectives(self) -> int:
-        return 2 * self.engine.chunks
+        return self.engine.collectives
 
     def packet_blocks(self) -> list[int]:
-        """The blocks of each packet, in the order of the blocks."""
-        layout = self.engine.layout
-        return [layout.select([packet]).blocks for packet in range(layout.packet_count)]
+        """Where the server residuals lie; see :func:`smallreduce.ddp._memory.bind`."""
+        return self.engine.packet_blocks
 
     def measure_input(self, buffer: torch.Tensor, residual: torch.Tensor) -> None:
         """Takes the norm of gradient plus residual, before the engine replaces both."""
@@ -143,7 +142,8 @@ class BucketPlan:
         for part in self.parts:
             if part.binding is not None:
                 # T of docs/wire-formats.md, section 8, times 2^-5 shortens a vector by sqrt(32).
-                factor = math.sqrt(BLOCK) if part.codec.format.hadamard else 1.0
+                hadamard = isinstance(part.codec, PacketCodec) and part.codec.format.hadamard
+                factor = math.sqrt(BLOCK) if hadamard else 1.0
                 norms += [float(part.binding.worker[0].norm()), factor * float(part.binding.server[0].norm())]
         relative = None
         if inputs:
@@ -172,9 +172,17 @@ def slots_of(bucket: GradBucket, names: Sequence[str], choices: Sequence[Choice]
 
 
 def plan_bucket(
-    bucket: GradBucket, form: tuple[object, ...], slots: tuple[Slot, ...], channel: Channel | None
+    bucket: GradBucket,
+    form: tuple[object, ...],
+    slots: tuple[Slot, ...],
+    channel: Channel | None,
+    dtype: torch.dtype | None = None,
 ) -> BucketPlan:
-    """Groups the slots by codec and makes an engine for each; without a channel (world size 1) everything is exact."""
+    """Groups the slots by codec and makes an engine for each; without a channel (world size 1) everything is exact.
+
+    Args:
+        dtype: Of the buffers that the engines take; None: the bucket's own.
+    """
     buffer = bucket.buffer()
     by_codec: dict[Codec, list[Slot]] = {}
     if channel is not None:
@@ -183,7 +191,7 @@ def plan_bucket(
                 by_codec.setdefault(slot.choice.codec, []).append(slot)
     parts = tuple(
         # 256 codecs in one bucket are more than there are.
-        Part(part, codec, buffer.dtype, channel, bucket.index() << 8 | number)
+        Part(part, codec, dtype or buffer.dtype, channel, bucket.index() << 8 | number)
         for number, (codec, part) in enumerate(by_codec.items())
         if channel is not None
     )

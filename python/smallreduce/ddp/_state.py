@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +10,22 @@ import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
 from torch.nn.parallel import DistributedDataParallel
 
-from smallreduce.codecs import Codec
+from smallreduce.codecs import Codec, TopK
 from smallreduce.codecs import codec as parse_codec
 from smallreduce.collectives._channel import Channel, channel_of
 from smallreduce.ddp._agreement import agree, refusing
 from smallreduce.ddp._bucket import BucketPlan, Count, Part, Slot, plan_bucket, ring_bytes, slots_of
 from smallreduce.ddp._loss_scale import LossScale
-from smallreduce.ddp._memory import Residuals, bind
+from smallreduce.ddp._memory import Binding, Residuals, bind
 from smallreduce.ddp._notice import warn_if_never_called
 from smallreduce.ddp._policy import Choice, CodecFor, choose
+from smallreduce.ddp._saved import Saved
 from smallreduce.ddp._stats import Bypassed, Stats
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
-_FORMAT = 1  # of the state_dict
 _BEFORE_STEP, _BEFORE_UPDATE = 1, -1  # rows of the residuals, beside row 0: what they are
-_ENTRIES = {"format": int, "rank": int, "world_size": int, "step": int, "seed": int, "loss_scale": float}
 
 
 class HookState:
@@ -69,6 +67,9 @@ class HookState:
     Raises:
         ValueError, TypeError: Impossible values, or others than those of the DDP module.
     """
+
+    _dtype: torch.dtype | None = None  # in which gradients are compressed; None: their own
+    _with_momentum = False  # keep a momentum of this rank's gradients beside the residuals
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class HookState:
         self.calls += 1
         buffer = bucket.buffer()
         plan = self._plan(bucket, group)
+        self._prepare(plan, buffer)
         plan.steps += 1
         plan.count.uncompressed_bytes += ring_bytes(buffer.numel() * buffer.element_size(), group.size())
         if plan.channel is None:
@@ -166,6 +168,7 @@ class HookState:
         return self._reduce_compressed(plan, buffer, plan.channel)
 
     def _begin_step(self) -> None:
+        """Called before the first bucket of a synchronised backward pass."""
         if self._scaler is not None and not self._alone():
             self._begins_update = self._scaler.begins_update()
         self._follow_scaler()
@@ -173,6 +176,9 @@ class HookState:
             self._uncompressed_steps += 1
         self.step += 1
         self._steps += 1
+
+    def _prepare(self, plan: BucketPlan, buffer: torch.Tensor) -> None:
+        """What a derived state does to this rank's gradients before any are reduced."""
 
     def _reduce_compressed(
         self, plan: BucketPlan, buffer: torch.Tensor, channel: Channel
@@ -194,6 +200,11 @@ class HookState:
 
         measured = bool(self._measure_every) and plan.compressed_steps % self._measure_every == 0
         plan.compressed_steps += 1
+        for part in plan.parts:
+            if part.binding is not None and self._find_unused:
+                part.binding.save(_BEFORE_STEP)
+            if part.binding is not None and self._begins_update:
+                part.binding.save(_BEFORE_UPDATE)
         residuals = [self._launch(part, buffer, measured, futures) for part in plan.parts]
         plan.held = [together, used, *residuals]
         for part in plan.parts:
@@ -217,15 +228,22 @@ class HookState:
         return reduced
 
     def _launch(
-        self, part: Part, buffer: torch.Tensor, measured: bool, futures: list[torch.futures.Future[Any]]
+        self,
+        part: Part,
+        buffer: torch.Tensor,
+        measured: bool,
+        futures: list[torch.futures.Future[Any]],
+        masked: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Starts one part of a bucket; returns the worker's residual that it replaces, if any."""
+        """Starts one part of a bucket; returns the worker's residual that it replaces, if any.
+
+        Args:
+            buffer: Of the bucket's size and the dtype of the part's engine; holds the mean when all ``futures``, to
+                which this adds, are done.
+            masked: See :meth:`BucketEngine.launch`.
+        """
         worker = server = None
         if part.binding is not None:
-            if self._find_unused:
-                part.binding.save(_BEFORE_STEP)
-            if self._begins_update:
-                part.binding.save(_BEFORE_UPDATE)
             worker, server = part.binding.worker[0], part.binding.server[0]
         elif measured:
             # Without feedback a residual of zeros shows what is lost, and changes nothing.
@@ -240,6 +258,7 @@ class HookState:
             seed=self._seed,
             bucket=part.number,
             step=self.step - 1,
+            masked=masked,
         )
         futures.append(work.get_future())
         return worker
@@ -256,12 +275,17 @@ class HookState:
             gradient = buffer.narrow(0, slot.offset, slot.numel)
             gradient.copy_(torch.where(flag, gradient, gradient.new_zeros(())))
 
-    def _follow_scaler(self) -> None:
-        """Brings the residuals into the loss scale of now, and, if an update was skipped, back to before it."""
+    def _follow_scaler(self) -> bool:
+        """Brings the residuals into the loss scale of now, and, if an update was skipped, back to before it.
+
+        Returns:
+            Whether one was.
+        """
         scale = 1.0 if self._scaler is None else self._scaler.now()
         if scale == self._scale:
-            return
-        if scale < self._scale:
+            return False
+        skipped = scale < self._scale
+        if skipped:
             for plan in self._plans.values():
                 for part in plan.parts:
                     if part.binding is not None:
@@ -270,6 +294,7 @@ class HookState:
             for tensor in residuals.tensors():
                 tensor.mul_(scale / self._scale)
         self._scale = scale
+        return skipped
 
     # ---- buckets ----------------------------------------------------------------------------------------------------
 
@@ -289,7 +314,9 @@ class HookState:
             return known
 
         count = Count()
-        plan = refusing(channel, lambda: plan_bucket(bucket, form, self._slots(bucket, parameters), channel))
+        plan = refusing(
+            channel, lambda: plan_bucket(bucket, form, self._slots(bucket, parameters), channel, self._dtype)
+        )
         slots = plan.slots
         if channel is not None:
             lines = [f"{slot.name}: {self._line(slot.numel, slot.choice)}" for slot in slots]
@@ -303,21 +330,25 @@ class HookState:
             agree(channel, f"{self._header()}, {header}", lines, count)
         if self._feedback and channel is not None:
             for part in plan.parts:
-                part.binding = bind(
-                    self._memory,
-                    {slot.name: slot.numel for slot in part.slots},
-                    part.codec.spelling,
-                    part.packet_blocks(),
-                    rows=self._rows,
-                    device=buffer.device,
-                    group=channel.group,
-                )
+                part.binding = self._bind(part, buffer.device, channel)
                 count.collectives += part.binding.moved
                 count.bytes_sent += part.binding.nbytes_moved
         self._retire({slot.name for slot in slots}, bucket.index())
         self._plans[bucket.index()] = plan
         plan.count = count
         return plan
+
+    def _bind(self, part: Part, device: torch.device, channel: Channel) -> Binding:
+        return bind(
+            self._memory,
+            {slot.name: slot.numel for slot in part.slots},
+            part.codec.spelling,
+            part.packet_blocks(),
+            rows=self._rows,
+            device=device,
+            group=channel.group,
+            with_momentum=self._with_momentum,
+        )
 
     def _slots(self, bucket: GradBucket, parameters: Sequence[torch.Tensor]) -> tuple[Slot, ...]:
         if bucket.buffer().layout is not torch.strided:
@@ -348,7 +379,9 @@ class HookState:
         if residuals is None:
             return
         spelling = None if choice.codec is None else choice.codec.spelling
-        if residuals.numel != numel or residuals.codec != spelling:
+        # What a TopK owes can be sent by any other.
+        sparse = isinstance(choice.codec, TopK) and isinstance(parse_codec(residuals.codec), TopK)
+        if residuals.numel != numel or (residuals.codec != spelling and not sparse):
             raise ValueError(
                 f"the residuals of {name} are of {residuals.numel} elements in {residuals.codec}, but the parameter "
                 f"has {numel} in {spelling or 'no codec'}: load the state of the same model and codecs"
@@ -359,6 +392,12 @@ class HookState:
         for old, plan in list(self._plans.items()):
             if old == index or any(slot.name in names for slot in plan.slots):
                 self._retired.add(self._plans.pop(old).count)
+
+    def _forget_plans(self) -> None:
+        """Has every bucket planned anew, by all ranks alike."""
+        for plan in self._plans.values():
+            self._retired.add(plan.count)
+        self._plans.clear()
 
     # ---- the same on all ranks --------------------------------------------------------------------------------------
 
@@ -406,15 +445,7 @@ class HookState:
         """
         self._follow_scaler()
         group = self._group()
-        return {
-            "format": _FORMAT,
-            "rank": group.rank(),
-            "world_size": group.size(),
-            "step": self.step,
-            "seed": self._seed,
-            "loss_scale": self._scale,
-            "parameters": {name: residuals.state_dict() for name, residuals in self._memory.items()},
-        }
+        return Saved(self._memory, self.step, self._scale).state_dict(group.rank(), group.size(), self._seed)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave; every rank calls it, between the same two steps.
@@ -426,36 +457,15 @@ class HookState:
             ValueError: The state is of another rank, world size, seed, model, or codec, or is none at all. A HookState
                 without ``module`` finds another model or codec out at its next step.
         """
-        given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict)
-        if given != _FORMAT:
-            raise ValueError(f"not a state of smallreduce.ddp in format {_FORMAT}, got {given!r}")
-        for key, kind in {**_ENTRIES, "parameters": Mapping}.items():
-            if not isinstance(state_dict.get(key), kind):
-                raise ValueError(f"state_dict[{key!r}] must be of type {kind.__name__}, got {state_dict.get(key)!r}")
-        step, scale = state_dict["step"], state_dict["loss_scale"]
-        if step < 0 or not 0 < scale < math.inf:
-            raise ValueError(f"a state must have a step >= 0 and a finite, positive loss_scale, got {step} and {scale}")
         group = self._group()
-        mine, theirs = (group.rank(), group.size()), (state_dict["rank"], state_dict["world_size"])
-        if mine != theirs:
-            raise ValueError(
-                f"this state belongs to rank {theirs[0]} of {theirs[1]}, not to rank {mine[0]} of {mine[1]}: save and "
-                "load one for each rank, in a group of the same size"
-            )
-        if state_dict["seed"] != self._seed:
-            raise ValueError(f"this state has seed {state_dict['seed']}, but this HookState has {self._seed}")
-        memory = {
-            name: Residuals.from_state_dict(name, state, *mine) for name, state in state_dict["parameters"].items()
-        }
-        if memory and not self._feedback:
+        saved = Saved.check(state_dict, group.rank(), group.size(), self._seed, self._with_momentum)
+        if saved.memory and not self._feedback:
             raise ValueError("this state has residuals, but feedback is off")
-        self._check_names(memory)
-        self._memory, self.step, self._scale = memory, step, scale
+        self._check_names(saved.memory)
+        self._memory, self.step, self._scale = saved.memory, saved.step, saved.loss_scale
         if self._scaler is not None:
             self._scaler.forget()
-        for plan in self._plans.values():
-            self._retired.add(plan.count)
-        self._plans.clear()
+        self._forget_plans()
 
     def _check_names(self, memory: Mapping[str, Residuals]) -> None:
         named = {name: p for p, given, name in self._names.values() if given is not None}
@@ -464,8 +474,12 @@ class HookState:
         if unknown := sorted(map(str, memory.keys() - named.keys())):
             raise ValueError(f"this state has residuals of {', '.join(unknown)}, which the model does not have")
         for name, residuals in memory.items():
-            choice = self._choose(name, named[name])
+            choice = self._choose_loaded(name, named[name])
             self._check_residuals(residuals, name, named[name].numel(), choice)
+
+    def _choose_loaded(self, name: str, parameter: torch.Tensor) -> Choice:
+        """What residuals that are loaded must be of."""
+        return self._choose(name, parameter)
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,63 @@
+"""The all-reduce of sparse packets for few ranks: each rank's packet goes to all of them, and each adds them up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smallreduce import ops
+from smallreduce._layout import BLOCK, Layout
+from smallreduce.codecs import PacketCodec
+from smallreduce.collectives._channel import Channel, Exchange
+from smallreduce.collectives._engine import BucketEngine, stage_seed
+
+__all__ = ["GatherReduce"]
+
+
+class GatherReduce(BucketEngine):
+    """All-reduce through one packet of the whole bucket from each rank, gathered and added in rank order.
+
+    One exchange, and nothing is lost in a second encoding, so there is no server's residual; but what a rank receives
+    grows with the number of ranks.
+
+    Args:
+        segments, codec, dtype, channel: As for :class:`AllReduce`.
+
+    Attributes:
+        layout: The one packet of a rank.
+    """
+
+    def __init__(
+        self, segments: Sequence[tuple[int, int]], codec: PacketCodec, dtype: torch.dtype, channel: Channel
+    ) -> None:
+        self.layout = Layout.build(segments, codec.format, dtype)
+        super().__init__(channel, [self.layout.stride])
+        self.worker_numel = BLOCK * self.layout.blocks
+        self.collectives = 1
+        self.bytes_sent = (channel.world_size - 1) * self.layout.stride
+
+    @property
+    def _mine(self) -> Tensor:
+        return self._sent[0].chunk(self.channel.world_size)[self.channel.rank]
+
+    def _prepare(self, server: Tensor | None, seed: int, bucket: int, step: int | Tensor) -> None:
+        self._seed = stage_seed(seed, bucket, self.channel.rank, 0)
+        self._at_step = self._step(step)
+
+    def encode(self, chunk: int) -> None:
+        ops.encode(self._buffer, self.layout, self._mine, self._worker, self._seed, self._at_step)
+        self._mask(self._mine, self.layout)
+
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self.channel.all_gather(self._sent[chunk], self._mine, tag)
+
+    def turn(self, chunk: int, tag: int) -> None:
+        """There is one stage only."""
+
+    def finish(self, chunk: int) -> None:
+        ops.reduce(
+            self._sent[chunk], self.layout.stride, self.channel.world_size, self._factor, self.layout, self._buffer,
+            self.channel.error,
+        )  # fmt: skip
