@@ -8,9 +8,9 @@ In use::
     sr.all_reduce(x, "int4")                       # or the collective itself
 """
 
-from smallreduce import ddp, metrics
+from smallreduce import ddp, metrics, optim
 from smallreduce._native import build_info
-from smallreduce.codecs import Cast, Codec, IntQuant, Sign, codec, decode, encode
+from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, RandomBlocks, Sign, TopK, codec, decode, encode
 from smallreduce.collectives import Work, all_gather, all_reduce, reduce_scatter, shutdown
 from smallreduce.feedback import ErrorFeedback
 
@@ -21,7 +21,10 @@ __all__ = [
     "Codec",
     "ErrorFeedback",
     "IntQuant",
+    "PacketCodec",
+    "RandomBlocks",
     "Sign",
+    "TopK",
     "Work",
     "all_gather",
     "all_reduce",
@@ -31,6 +34,7 @@ __all__ = [
     "decode",
     "encode",
     "metrics",
+    "optim",
     "reduce_scatter",
     "shutdown",
 ]
