@@ -22,7 +22,7 @@ def half_ulp(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
     return magnitude * 2.0**-significand_bits + 2.0 ** (smallest_exponent - 1)
 
 
-def error_bound(codec: sr.Codec, x: Tensor) -> Tensor:
+def error_bound(codec: sr.PacketCodec, x: Tensor) -> Tensor:
     """The most that each element of ``x`` may change in a packet, in fp64, derived from docs/wire-formats.md."""
     values = x.double()
     if isinstance(codec, sr.Cast):

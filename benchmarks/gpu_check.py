@@ -132,7 +132,7 @@ def stages(report: Path) -> list[Stage]:
             "tests/kernels",
             "-x",
             "-k",
-            "test_sizes or refused",
+            "test_sizes or refused or topk_of_many",
         ]
         # torch's allocator hands out pieces of large blocks, in which an access out of bounds goes unseen.
         exact = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -34,7 +34,7 @@ from smallreduce._native import native
 
 CODECS = (
     "int8:rounding=nearest", "int8", "int4:rounding=nearest", "int4", "int4-hadamard:rounding=nearest", "int4-hadamard",
-    "int2:rounding=nearest", "int2", "sign", "bf16", "fp16", "fp8-e4m3", "fp8-e5m2",
+    "int2:rounding=nearest", "int2", "sign", "topk:0.001", "topk:0.01", "bf16", "fp16", "fp8-e4m3", "fp8-e5m2",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = 4  # whose packets are reduced
@@ -56,6 +56,9 @@ def target(device: str, dtype: str, codec: str, operation: str) -> float | None:
             ("sign", "encode"): 1.4,
             ("int4", "decode"): 1.5,
         }.get((codec, operation))
+    if codec.startswith("topk"):
+        # 2.5 times as long as one read of the input; a copy's bytes are read and written.
+        return 0.4 if (codec, operation) == ("topk:0.001", "encode") else None
     if operation in ("encode", "decode"):
         return 0.80 if "hadamard" in codec else 0.88
     return 0.80 if operation == "reduce" else None
@@ -87,7 +90,7 @@ class Row:
 class Buffers:
     """The five operations of one codec on one dtype, with every buffer they need."""
 
-    def __init__(self, codec: sr.Codec, x: Tensor) -> None:
+    def __init__(self, codec: sr.PacketCodec, x: Tensor) -> None:
         self.codec, self.x = codec, x
         numel, device = x.numel(), x.device
         self.layout = Layout.build([(0, numel)], codec.format, x.dtype)
@@ -146,7 +149,7 @@ class Buffers:
         return made
 
 
-def check_bits(codec: sr.Codec, x: Tensor) -> None:
+def check_bits(codec: sr.PacketCodec, x: Tensor) -> None:
     """Raises AssertionError unless all instruction sets, and CUDA for an ``x`` on a GPU, give the same bits."""
     made: dict[str, dict[str, Tensor]] = {}
     on_cpu = Buffers(codec, x.cpu())
@@ -166,7 +169,23 @@ def check_bits(codec: sr.Codec, x: Tensor) -> None:
                 raise AssertionError(f"{codec} of {x.dtype}, {operation}: {name} and {first} give different bits")
 
 
-def check_distance(codec: sr.Codec, x: Tensor, decoded: Tensor) -> None:
+def check_decoded(codec: sr.PacketCodec, x: Tensor, decoded: Tensor) -> None:
+    """Raises AssertionError unless ``decoded`` is what ``codec`` promises of ``x``."""
+    if isinstance(codec, sr.TopK):
+        check_selection(codec, x, decoded)
+    else:
+        check_distance(codec, x, decoded)
+
+
+def check_selection(codec: sr.TopK, x: Tensor, decoded: Tensor) -> None:
+    """Raises AssertionError unless ``decoded`` has the largest elements of ``x``, as they are, and zeros."""
+    # A stable sort puts the lower index first among equals.
+    kept = x.abs().sort(descending=True, stable=True).indices[: codec.kept(x.numel())]
+    if not torch.equal(decoded, torch.zeros_like(x).scatter(0, kept, x[kept])):
+        raise AssertionError(f"{codec} of {x.dtype}: the decoded elements are not the largest")
+
+
+def check_distance(codec: sr.PacketCodec, x: Tensor, decoded: Tensor) -> None:
     """Raises AssertionError if any element of ``decoded`` is further from ``x`` than the format allows."""
     group = codec.format.group
     part_numel = group * -(-CHECK_PART_NUMEL // group)
@@ -208,7 +227,7 @@ def copy_call(x: Tensor, threads: int) -> Callable[[], object]:
     return lambda: output.copy_(x)
 
 
-def measure(codec: sr.Codec, x: Tensor, dtype: str, threads: int, repeats: int) -> list[Row]:
+def measure(codec: sr.PacketCodec, x: Tensor, dtype: str, threads: int, repeats: int) -> list[Row]:
     """Checks and times the five operations of ``codec``."""
     check_bits(codec, x[:CHECK_BITS_NUMEL])
     buffers = Buffers(codec, x)
@@ -216,7 +235,7 @@ def measure(codec: sr.Codec, x: Tensor, dtype: str, threads: int, repeats: int) 
     on_cuda = x.device.type == "cuda"
     timed = cuda_seconds if on_cuda else interleaved_seconds
     seconds = timed({"copy": copy_call(x, threads), **calls}, repeats)
-    check_distance(codec, x, buffers.decoded)
+    check_decoded(codec, x, buffers.decoded)
     if buffers.error is not None and buffers.error.item() != 0:
         raise AssertionError(f"{codec}: a packet was refused")
 
@@ -323,7 +342,7 @@ def main() -> None:
         x = torch.randn(numel, generator=generator, device=args.device).to(dtype)
         for spelling in args.codecs:
             codec = sr.codec(spelling)
-            assert codec is not None
+            assert isinstance(codec, sr.PacketCodec), f"{spelling} makes no packets"
             report(measure(codec, x, name, args.threads, args.repeats))
         if name == "fp32" and args.device == "cpu" and not args.no_peers:
             report(measure_peers(x, args.threads, args.repeats))

@@ -52,12 +52,19 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], object]], repeats: int)
     return {name: Spread.of(times) for name, times in seconds.items()}
 
 
-def collective_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Spread]:
+def collective_seconds(
+    calls: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, Spread]:
     """:func:`interleaved_seconds` of collectives on the default group: each begins after a barrier, and its time is
-    that of the slowest rank. Called by all ranks with the same names in the same order."""
+    that of the slowest rank. Called by all ranks with the same names in the same order.
+
+    Args:
+        prepare: Called before each, and not timed.
+    """
     seconds = torch.zeros(repeats + 1, len(calls), dtype=torch.float64)
     for repeat in range(repeats + 1):
         for column, call in enumerate(calls.values()):
+            prepare()
             dist.barrier()
             start = time.perf_counter()
             call()

@@ -1,9 +1,9 @@
-"""Other people's CPU quantisers, for ``kernels.py`` to time beside the codecs, on the same buffer and in the same run.
+"""What other libraries have on the CPU, for ``kernels.py`` to time beside the codecs: same buffer, same run.
 
 None of them computes quite the same thing. piquant and ``torch.quantize_per_tensor`` have one scale for a whole tensor
 and take it as an argument: finding it is another pass over the data, timed as well where the library offers one.
-``numpy.packbits`` packs signs without any scale. All are given what favours them: outputs made beforehand where the API
-allows, and scales where it wants them.
+``numpy.packbits`` packs signs without any scale, and ``torch.topk`` packs nothing. All are given what favours them:
+outputs made beforehand where the API allows, and scales where it wants them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PeerCall:
 
     name: str
     operation: str
-    bits: int
+    bits: float
     call: Callable[[], object]
 
 
@@ -84,6 +84,16 @@ def torch_calls(x: Tensor) -> list[PeerCall]:
     ]
 
 
+def topk_calls(x: Tensor) -> list[PeerCall]:
+    """``torch.topk`` of a thousandth of the elements, of the values and of the magnitudes; the result is not packed."""
+    kept = -(-x.numel() // 1000)
+    bits = 0.001 * (32 + 64)  # a value and an int64 index
+    return [
+        PeerCall("torch.topk 0.1 %", "encode", bits, lambda: torch.topk(x, kept)),
+        PeerCall("torch.topk 0.1 % of magnitudes", "encode", bits, lambda: torch.topk(x.abs(), kept)),
+    ]
+
+
 def numpy_calls(x: Tensor) -> list[PeerCall]:
     """``numpy.packbits`` of the signs, without a scale; the comparison that makes the bits is part of it."""
     array = x.numpy()
@@ -98,4 +108,4 @@ def numpy_calls(x: Tensor) -> list[PeerCall]:
 
 def all_calls(x: Tensor, threads: int) -> list[PeerCall]:
     """Every peer that is installed, on the 1-D fp32 CPU tensor ``x``."""
-    return piquant_calls(x, threads) + torch_calls(x) + numpy_calls(x)
+    return piquant_calls(x, threads) + torch_calls(x) + topk_calls(x) + numpy_calls(x)

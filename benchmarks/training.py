@@ -6,9 +6,10 @@
 The model, the corpus and the schedule are those of ``examples/train_gpt.py``; every method starts from the same
 parameters and sees the same batches. Methods: ``ddp`` (DistributedDataParallel as it is), ``fp16`` (torch's
 fp16_compress_hook), ``powersgd-R`` (torch's powerSGD_hook of rank R, with its error feedback and warm start, and all
-gradients in one bucket), and any codec of smallreduce (``int4``, ``sign``, ...) with error feedback. PowerSGD and the
-codecs leave the first ``--uncompressed-steps`` as they are (PowerSGD at least two, without which it has no feedback).
-For each method it reports
+gradients in one bucket), any codec of smallreduce (``int4``, ``sign``, ...) with error feedback, all with AdamW, and
+``dgc``, which is an optimizer itself (smallreduce.optim.DGC: SGD with momentum that sends 0.1 %); what that learns is
+for ``convergence.py`` to compare. PowerSGD, the codecs and DGC leave the first ``--uncompressed-steps`` as they are
+(PowerSGD at least two, without which it has no feedback). For each method it reports
 
 step       seconds of a training step, the slowest rank's, median and spread over the steps after ``--warmup-steps``
 compute    the same with the backward pass under ``no_sync()``, where nothing is compressed or sent: ``--compute-steps``
@@ -64,6 +65,17 @@ class Run:
     wrong: int
 
 
+def optimizer_of(
+    method: str, ddp: DistributedDataParallel, lr: float, uncompressed_steps: int
+) -> torch.optim.Optimizer:
+    """The optimizer of ``method``, whose communication hook is registered with ``ddp``."""
+    if method == "dgc":
+        warmup = ((uncompressed_steps, 1.0),) if uncompressed_steps else ()
+        return sr.optim.DGC(ddp, lr, warmup=warmup)
+    install(method, ddp, uncompressed_steps)
+    return torch.optim.AdamW(ddp.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
 def install(method: str, ddp: DistributedDataParallel, uncompressed_steps: int) -> None:
     """Registers the communication hook of ``method`` with ``ddp``."""
     if method == "ddp":
@@ -110,8 +122,7 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
     # later collectives from callbacks, whose order may differ between ranks. One bucket costs it the overlap.
     bucket_cap_mb = ONE_BUCKET_MB if method.startswith("powersgd-") else None
     ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
-    install(method, ddp, args.uncompressed_steps)
-    optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = optimizer_of(method, ddp, args.lr, args.uncompressed_steps)
     generator = torch.Generator().manual_seed(seed * world_size + rank)
     sampler = batches(training, batch=args.batch, context=args.context, generator=generator)
 

@@ -10,7 +10,7 @@ from ranks import run
 from smallreduce import metrics
 
 BACKEND = metrics.register_counting_backend()
-METHODS = ("ddp", "fp16", "powersgd-1", "int4", "sign")
+METHODS = ("ddp", "fp16", "powersgd-1", "int4", "sign", "dgc")
 ARGUMENTS = argparse.Namespace(
     steps=6, warmup_steps=4, uncompressed_steps=3, compute_steps=2, eval_every=3,
     width=32, layers=1, batch=1, context=16, lr=1e-3,
