@@ -100,6 +100,10 @@ def kernels_section(document: Document) -> str:
                 ),
             )
         )
+    selections = {row["codec"]: row["seconds"]["median"] for row in document["rows"] if row["operation"] == "encode"}
+    if {"topk:0.001", "torch.topk 0.1 %"} <= selections.keys():
+        times = selections["torch.topk 0.1 %"] / selections["topk:0.001"]
+        parts.append(f"`topk:0.001` encodes {times:.0f} times as fast as `torch.topk` selects (target: 40).")
     wanted = [row for row in ours if row["target"] is not None]
     if wanted:
         parts.append(
@@ -194,6 +198,80 @@ def training_section(document: Document) -> str:
     return f"{settings}\n\n{table}"
 
 
+def convergence_section(document: Document) -> str:
+    settings, first = document["settings"], document["rows"][0]
+    runs = by_method({**document, "rows": [run for run in document["rows"] if not run["tuning"]]})
+    with_accuracy, plain = first["accuracy"] is not None, runs.get("sgd")
+
+    def sent(of_method: list[Row]) -> tuple[float, float]:
+        steps, after = first["steps"], settings["sparsity_warmup"]
+        total, later = mean(of_method, "sent_nbytes"), mean(of_method, "sent_nbytes_after_warmup")
+        return total / steps, later / (steps - after)
+
+    def times_less(plain: list[Row], of_method: list[Row]) -> list[float]:
+        return [of_plain / nbytes for of_plain, nbytes in zip(sent(plain), sent(of_method), strict=True)]
+
+    def worse(plain: list[Row], of_method: list[Row]) -> float:
+        """By how many points of accuracy, or which part of the loss."""
+        if with_accuracy:
+            return mean(plain, "accuracy") - mean(of_method, "accuracy")
+        return mean(of_method, "loss") / mean(plain, "loss") - 1
+
+    def reached(of_method: list[Row], name: str, places: int) -> str:
+        values = [run[name] for run in of_method]
+        return f"{mean(of_method, name):.{places}f} ({min(values):.{places}f}-{max(values):.{places}f})"
+
+    def cells(method: str, of_method: list[Row]) -> list[str]:
+        against = ["", "", ""]
+        if plain is not None:
+            by = worse(plain, of_method)
+            against = [f"{-by:+.2f}" if with_accuracy else f"{by:+.2%}"]
+            against += [f"{times:.1f}" for times in times_less(plain, of_method)]
+        return [
+            f"`{method}`",
+            f"{of_method[0]['lr']:g}",
+            reached(of_method, "loss", 4),
+            *([reached(of_method, "accuracy", 2)] if with_accuracy else []),
+            against[0],
+            *(f"{nbytes / 1e3:.2f}" for nbytes in sent(of_method)),
+            *against[1:],
+            f"{of_method[0]['compression_ratio']:.1f}",
+            f"{max(run['apart'] for run in of_method):.1e}",
+            str(sum(run["wrong"] for run in of_method)),
+        ]
+
+    def verdict(method: str, plain: list[Row], of_method: list[Row]) -> str:
+        by, times = worse(plain, of_method), times_less(plain, of_method)[1]
+        text, target = (
+            (f"{by:.2f} points of accuracy below `sgd`, target 0.5", 0.5)
+            if with_accuracy
+            else (f"{by:+.2%} of the loss of `sgd`, target +1 %", 0.01)
+        )
+        return (
+            f"`{method}`: {text} ({'met' if by <= target else 'missed'}); {times:.0f} times fewer bytes after the "
+            f"warm-up, target 200 ({'met' if times >= 200 else 'missed'})."
+        )
+
+    rates, seeds = settings["learning_rates"], {run["seed"] for run in document["rows"] if not run["tuning"]}
+    chosen = f"out of {', '.join(map(str, rates))}, by another seed" if len(rates) > 1 else str(rates[0])
+    clipped = "" if settings["clip_norm"] is None else f"gradients clipped to {settings['clip_norm']:g} each; "
+    text = (
+        f"`{settings['task']}`: {first['parameters'] / 1e6:.2f} M parameters, {first['steps']} steps, "
+        f"{first['world_size']} ranks with batches of {settings['batch']}, {len(seeds)} seed(s); "
+        f"{'Nesterov ' if settings['nesterov'] else ''}momentum {settings['momentum']}; sparsity warm-up of "
+        f"{settings['sparsity_warmup']} steps; {clipped}learning rate {chosen}."
+    )
+    table = markdown(
+        [
+            "method", "lr", "loss", *(["accuracy, %"] if with_accuracy else []), "against sgd", "kB sent",
+            "after warm-up", "times less", "after warm-up", "ratio", "apart", "wrong",
+        ],
+        (cells(method, of_method) for method, of_method in runs.items()),
+    )  # fmt: skip
+    verdicts = [verdict(method, plain, runs[method]) for method in ("dgc", "dgc-fp16") if plain and method in runs]
+    return "\n\n".join([text, table, *verdicts])
+
+
 def by_method(document: Document) -> dict[str, list[Row]]:
     runs: dict[str, list[Row]] = {}
     for run in document["rows"]:
@@ -205,8 +283,12 @@ def step_seconds(runs: list[Row]) -> float:
     return float(statistics.median(run["step_seconds"]["median"] for run in runs))
 
 
+def mean(runs: list[Row], name: str) -> float:
+    return float(statistics.mean(run[name] for run in runs))
+
+
 def mean_loss(runs: list[Row]) -> float:
-    return float(statistics.mean(run["validation_loss"] for run in runs))
+    return mean(runs, "validation_loss")
 
 
 def link_name(document: Document) -> str:
@@ -224,6 +306,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "kernels": kernels_section,
     "collectives": collectives_section,
     "training": training_section,
+    "convergence": convergence_section,
 }
 
 

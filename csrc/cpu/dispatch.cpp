@@ -145,7 +145,7 @@ std::string current_isa() { return chosen().load()->name; }
 
 void set_isa(const std::string& name) { chosen() = &find_isa(name); }
 
-void clear(const ClearArgs& args, ElementType packet_type, int threads) {
+void clear(const DecodeArgs& args, ElementType packet_type, int threads) {
   check_stride(args.stride, args.layout);
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], packet_type, p);

@@ -16,7 +16,8 @@ void set_isa(const std::string& name);  // throws std::invalid_argument if it is
 void encode(const EncodeArgs& args, int threads);
 void decode(const DecodeArgs& args, int threads);
 void reduce(const ReduceArgs& args, int threads);
-void clear(const ClearArgs& args, ElementType packet_type, int threads);
 void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads);
+// Zeros the elements of a buffer, of any type, that packets of TopK of a buffer of `packet_type` hold.
+void clear(const DecodeArgs& args, ElementType packet_type, int threads);
 
 }  // namespace smallreduce::cpu

@@ -52,17 +52,6 @@ struct ReduceEncodeArgs {
   void* scratch;
 };
 
-// Zeros the elements of a buffer that the packets hold.
-struct ClearArgs {
-  const uint8_t* packets;
-  int64_t stride;
-  Layout layout;
-  Format format;
-  void* output;
-  ElementType type;
-  void* scratch;
-};
-
 // Each writes scales and codes, or elements, of groups [begin, end) of the layout. Headers and padding are the caller's.
 struct Kernels {
   void (*encode)(const EncodeArgs&, int64_t begin, int64_t end);

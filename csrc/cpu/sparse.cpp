@@ -246,7 +246,7 @@ void sparse_reduce_encode(const SparseKernels& kernels, const ReduceEncodeArgs& 
              [&](const Segment& segment) { return target_of(args.packet, kind, row, segment); });
 }
 
-void sparse_clear(const ClearArgs& args, int threads) {
+void sparse_clear(const DecodeArgs& args, int threads) {
   const Layout& layout = args.layout;
   auto* indices = static_cast<uint32_t*>(args.scratch);
   read_packets(args.packets, args.stride, 0, layout, args.format.kind, indices, threads);

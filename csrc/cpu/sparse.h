@@ -72,6 +72,6 @@ void sparse_encode(const SparseKernels& kernels, const EncodeArgs& args, int thr
 void sparse_decode(const SparseKernels& kernels, const DecodeArgs& args, int threads);
 void sparse_reduce(const SparseKernels& kernels, const ReduceArgs& args, int threads);
 void sparse_reduce_encode(const SparseKernels& kernels, const ReduceEncodeArgs& args, int threads);
-void sparse_clear(const ClearArgs& args, int threads);
+void sparse_clear(const DecodeArgs& args, int threads);
 
 }  // namespace smallreduce::cpu

@@ -7,13 +7,13 @@ folders of tests have the names of some of them.
 import sys
 from pathlib import Path
 
-__all__ = ["collectives", "error_bounds", "kernels", "plot", "slow_network", "training"]
+__all__ = ["collectives", "convergence", "error_bounds", "kernels", "plot", "slow_network", "training"]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = str(ROOT / "benchmarks")
 
 sys.path += [str(ROOT), FOLDER]
 try:
-    from benchmarks import collectives, error_bounds, kernels, plot, slow_network, training
+    from benchmarks import collectives, convergence, error_bounds, kernels, plot, slow_network, training
 finally:
     sys.path.remove(FOLDER)

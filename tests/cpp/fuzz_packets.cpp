@@ -28,8 +28,8 @@ Bytes bytes(int64_t count) { return Bytes(new uint8_t[size_t(std::max<int64_t>(c
 
 int64_t below(Random& random, int64_t end) { return int64_t(random() % uint64_t(std::max<int64_t>(end, 1))); }
 
-const Kind kKinds[] = {Kind::kTopKFloat32, Kind::kTopKBFloat16, Kind::kTopKFloat16, Kind::kInt4, Kind::kSign,
-                       Kind::kCastE4M3};
+const Kind kKinds[] = {Kind::kTopKFloat32, Kind::kTopKBFloat16, Kind::kTopKFloat16,
+                       Kind::kInt4,        Kind::kSign,         Kind::kCastE4M3};
 const ElementType kTypes[] = {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16};
 
 int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
@@ -58,8 +58,8 @@ Case random_case(Random& random) {
     made.extent = offsets.back() + length;
   }
   int64_t denominator = 1 + below(random, 400);
-  made.tables = build_layout(offsets, lengths, std::nullopt, 1, made.format, {1 + below(random, denominator), denominator},
-                             made.type);
+  made.tables = build_layout(offsets, lengths, std::nullopt, 1, made.format,
+                             {1 + below(random, denominator), denominator}, made.type);
   return made;
 }
 
@@ -137,21 +137,23 @@ void run_one(uint64_t seed, Counts& counts) {
     if (!taken && !damaged) fail("a packet was refused that is right", seed);
   };
   expect(decodes(output.get(), output_nbytes, seed, [&] {
-    cpu::reduce({packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, output.get(), made.type, scratch.get()}, 1);
+    cpu::reduce({packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, output.get(), made.type, scratch.get()},
+                1);
   }));
   expect(decodes(output.get(), output_nbytes, seed, [&] {
     cpu::decode({packets.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, 1);
   }));
   if (is_sparse(kind)) {
     expect(decodes(output.get(), output_nbytes, seed, [&] {
-      cpu::clear({packets.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, made.type, 1);
+      cpu::clear({packets.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, made.type,
+                 1);
     }));
   }
   bool encoded = false;
   try {
-    cpu::reduce_encode({packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, nullptr, seed, 0, packet.get(),
-                        scratch.get()},
-                       made.type, 1);
+    cpu::reduce_encode(
+        {packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, nullptr, seed, 0, packet.get(), scratch.get()},
+        made.type, 1);
     encoded = true;
   } catch (const std::invalid_argument&) {
     if (!damaged) fail("packets were refused that are right", seed);

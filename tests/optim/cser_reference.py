@@ -1,4 +1,4 @@
-"""CSER and its relatives a second time: NumPy, in the words of the listings, sharing nothing with the optimizer.
+"""CSER and its relatives (arXiv:2007.13221) a second time: NumPy, as listed, sharing nothing with the optimizer.
 
 All ranks live in one process: a row of an array is what a rank has, all parameters one after the other. Everything is
 computed in float64 and must be a float32 all the same (:func:`exact`), so that the inputs of a test can be seen to be
@@ -132,7 +132,7 @@ class State(NamedTuple):
 
 
 def psync(v: F64, compress: Compressor, step: int) -> tuple[F64, F64]:
-    """2.1: ``(vbar + r_i, r_i)``."""
+    """PSync of the paper: ``(vbar + r_i, r_i)``."""
     mean, r = compress(v, step)
     return exact(mean + r), exact(r)
 
@@ -145,7 +145,7 @@ def direction(m: F64, g: F64, x: F64, o: Options, decayed: bool = True) -> tuple
 
 
 def m_cser(x: F64, gradient: Gradient, c2: Compressor, c1: Compressor, interval: int, o: Options) -> Iterator[State]:
-    """2.2, any compressors; with :func:`nothing` as C2 CSER-PL, and with an interval of 1 as well CSEA."""
+    """M-CSER with any compressors; with :func:`nothing` as C2 CSER-PL, and with an interval of 1 as well CSEA."""
     ranks, t = range(len(x)), 0
     e, m = np.zeros_like(x), np.zeros_like(x)
     while True:
@@ -164,7 +164,8 @@ def m_cser(x: F64, gradient: Gradient, c2: Compressor, c1: Compressor, interval:
 def implementation_2(
     x: F64, gradient: Gradient, c2: Blocks | None, c1: Blocks, interval: int, o: Options
 ) -> Iterator[State]:
-    """2.3: blocks of the parameters themselves, those of C1 in every ``interval``-th step and else those of C2."""
+    """What the released code does: it averages blocks of the parameters themselves, those of C1 in every
+    ``interval``-th step and else those of C2."""
     ranks, t = range(len(x)), 0
     m = np.zeros_like(x)
     while True:
@@ -179,7 +180,7 @@ def implementation_2(
 
 
 def ef_sgd(x: F64, gradient: Gradient, c: Compressor, o: Options) -> Iterator[State]:
-    """2.4: what is owed is in the units and with the sign of an update."""
+    """As in the released code, for any compressor: what is owed is in the units and with the sign of an update."""
     ranks, t = range(len(x)), 0
     e, m, mwd = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
     while True:
@@ -195,7 +196,7 @@ def ef_sgd(x: F64, gradient: Gradient, c: Compressor, o: Options) -> Iterator[St
 
 
 def qsparse_local_sgd(x: F64, gradient: Gradient, c: Compressor, interval: int, o: Options) -> Iterator[State]:
-    """2.4: what is owed is in the units and with the sign of the parameters."""
+    """As in the released code, for any compressor: what is owed has the units and the sign of the parameters."""
     ranks, t = range(len(x)), 0
     e, m, xs = np.zeros_like(x), np.zeros_like(x), x
     while True:

@@ -233,7 +233,7 @@ def test_blocks_averaged_in_place(c2: str, c1: str, interval: int) -> None:
 
 
 def _is_a_reset_in_every_step(rank: int, world: int, c2: str, c1: str, interval: int) -> None:
-    """What relates implementation II to the listing 2.2: C2 sends nothing, and what all steps reset by is their own."""
+    """What relates implementation II to the listing: C2 sends nothing, and every step resets, by blocks of its own."""
     model, o = Absolute(), OPTIONS["nesterov"]
     optimizer = CSER(model, **o._asdict(), gradient_codec=c2, model_codec=c1, reset_interval=interval)
     usual, at_reset = compressor(c2, world, 0), compressor(c1, world, 0)

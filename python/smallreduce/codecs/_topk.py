@@ -52,9 +52,7 @@ class TopK(PacketCodec):
     def format(self) -> Format:
         fraction = fraction_of(self.ratio)
         # There are no groups on the wire; these are only the grain in which packets are cut.
-        return Format(
-            self._VALUES[self.values][0], BLOCK, False, False, (fraction.numerator, fraction.denominator)
-        )
+        return Format(self._VALUES[self.values][0], BLOCK, False, False, (fraction.numerator, fraction.denominator))
 
     @property
     def bits_per_element(self) -> float:

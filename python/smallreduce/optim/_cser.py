@@ -60,7 +60,7 @@ class CSER(torch.optim.Optimizer):
         lr, momentum, nesterov, weight_decay: As of ``torch.optim.SGD``; each may differ between parameter groups.
             Nesterov is without effect where momentum is 0.
         gradient_codec: C2: a codec, its spelling, None (exact: nothing is left to reset) or ``"nothing"`` (no update is
-            sent). The defaults of the three are the paper's for ImageNet at an overall ratio of 32.
+            sent). The defaults of the three are those of the paper's scripts for ImageNet, an overall ratio of 32.
         model_codec: C1: a codec, its spelling, or None (exact).
         reset_interval: H, in steps.
         params: Parameters or parameter groups, as torch's optimizers take them; None: all parameters of the model.
@@ -143,7 +143,7 @@ class CSER(torch.optim.Optimizer):
     @classmethod
     def ef_sgd(cls, model: torch.nn.Module, lr: float | Tensor, codec: str | Codec | None, **options: Any) -> CSER:
         """SGD with error feedback: update plus residual is compressed in every step, and all ranks have the same
-        parameters. Weight decay is not compressed and has a momentum of its own.
+        parameters. As in the paper's released code, weight decay is not compressed and has a momentum of its own.
 
         Args:
             codec: What compresses.
@@ -263,8 +263,7 @@ class CSER(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._averaging:
-            raise RuntimeError("step() within averaged() would be lost; leave averaged() first")
+        self._check_own_parameters("step()")
         if fresh := self._fresh():  # unfrozen since the last step
             self._agree([p for _, parameters in fresh for p in parameters])
             self._add(fresh)
@@ -339,8 +338,7 @@ class CSER(torch.optim.Optimizer):
         Raises:
             RuntimeError: It is entered within itself, or the group failed.
         """
-        if self._averaging:
-            raise RuntimeError("averaged() is already entered")
+        self._check_own_parameters("averaged()")
         buffers = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
         parameters = [p.detach() for part in self._parts for p in part.bucket.parameters]
         tensors = [*buffers, *parameters]
@@ -357,6 +355,10 @@ class CSER(torch.optim.Optimizer):
             with torch.no_grad():
                 for tensor, value in zip(tensors, saved, strict=True):
                     tensor.copy_(value)
+
+    def _check_own_parameters(self, call: str) -> None:
+        if self._averaging:
+            raise RuntimeError(f"{call} within averaged() would take the average for this rank's parameters")
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +379,11 @@ class CSER(torch.optim.Optimizer):
 
         Returns:
             A dict of plain types and tensors that ``torch.load(weights_only=True)`` takes.
+
+        Raises:
+            RuntimeError: It is called within :meth:`averaged`.
         """
+        self._check_own_parameters("state_dict()")
         state = super().state_dict()
         parameters = [p for group in self.param_groups for p in group["params"]]
         index = {id(p): number for number, p in enumerate(parameters)}
@@ -400,8 +406,10 @@ class CSER(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: The state is of another rank, world size, configuration or model, or none at all.
                 Nothing has changed then.
-            RuntimeError: Another rank refused its state, or has one of another step.
+            RuntimeError: Another rank refused its state, or has one of another step, or it is called within
+                :meth:`averaged`.
         """
+        self._check_own_parameters("load_state_dict()")
         parameters = [p for group in self.param_groups for p in group["params"]]
         parts: list[Part] = []
 

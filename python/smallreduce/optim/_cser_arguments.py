@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["check_group", "check_model"]
 
@@ -47,8 +47,11 @@ def check_group(group: Mapping[str, Any], of_model: set[int], device: torch.devi
     for parameter in group["params"]:
         if id(parameter) not in of_model:
             raise ValueError("the parameters of a group must be the model's, got another tensor")
-        if isinstance(parameter, DTensor):
-            raise TypeError("every rank must hold the whole model, got a sharded parameter (DTensor, as of FSDP)")
+        if is_traceable_wrapper_subclass(parameter):
+            raise TypeError(
+                "parameters must be plain tensors that every rank holds whole, not sharded or quantised, got "
+                f"{type(parameter).__name__}"
+            )
         if parameter.dtype != torch.float32:
             raise TypeError(
                 f"parameters must be of torch.float32, got {parameter.dtype}: keep the model in fp32 and use "
