@@ -233,7 +233,8 @@ def measure(collective: str, codec: sr.PacketCodec, nbytes: int, feedback: bool,
     dist.all_reduce(wrong)
 
     # What all_reduce leaves is another input than the one that is asked about; of zeros torch makes nothing else.
-    zeros, values = torch.zeros_like(case.output), torch.randn(case.input.numel())
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    zeros, values = torch.zeros_like(case.output), torch.randn(case.input.numel(), generator=generator)
     calls = {"ours": case.ours, "torch": lambda: case.torchs(zeros)}
     wire_nbytes, interface_nbytes = counted(calls["ours"])
     torch_wire_nbytes, _ = counted(calls["torch"])

@@ -73,6 +73,16 @@ def collective_seconds(
     return {name: Spread.of(seconds[1:, column].tolist()) for column, name in enumerate(calls)}
 
 
+def differing_parameters(model: torch.nn.Module) -> int:
+    """Elements, over all ranks, whose bits are not those of rank 0."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    of_rank_0 = flat.clone()
+    dist.broadcast(of_rank_0, src=0)
+    count = (of_rank_0.view(torch.int32) != flat.view(torch.int32)).sum()
+    dist.all_reduce(count)
+    return int(count)
+
+
 def _git(*arguments: str) -> str | None:
     try:
         finished = subprocess.run(

@@ -88,9 +88,14 @@ def topk_calls(x: Tensor) -> list[PeerCall]:
     """``torch.topk`` of a thousandth of the elements, of the values and of the magnitudes; the result is not packed."""
     kept = -(-x.numel() // 1000)
     bits = 0.001 * (32 + 64)  # a value and an int64 index
+    magnitudes, values, indices = torch.empty_like(x), x.new_empty(kept), torch.empty(kept, dtype=torch.int64)
+
+    def select(of: Tensor) -> None:
+        torch.topk(of, kept, sorted=False, out=(values, indices))
+
     return [
-        PeerCall("torch.topk 0.1 %", "encode", bits, lambda: torch.topk(x, kept)),
-        PeerCall("torch.topk 0.1 % of magnitudes", "encode", bits, lambda: torch.topk(x.abs(), kept)),
+        PeerCall("torch.topk 0.1 %", "encode", bits, lambda: select(x)),
+        PeerCall("torch.topk 0.1 % of magnitudes", "encode", bits, lambda: select(torch.abs(x, out=magnitudes))),
     ]
 
 

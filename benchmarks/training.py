@@ -37,7 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import smallreduce as sr
-from measurement import REPOSITORY, Spread, save, table
+from measurement import REPOSITORY, Spread, differing_parameters, save, table
 from smallreduce import metrics
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -99,16 +99,6 @@ def slowest(seconds: list[float]) -> list[float]:
     dist.all_reduce(times, dist.ReduceOp.MAX)
     result: list[float] = times.tolist()
     return result
-
-
-def differing_parameters(model: torch.nn.Module) -> int:
-    """Elements, over all ranks, whose bits are not those of rank 0."""
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    of_rank_0 = flat.clone()
-    dist.broadcast(of_rank_0, src=0)
-    count = (of_rank_0.view(torch.int32) != flat.view(torch.int32)).sum()
-    dist.all_reduce(count)
-    return int(count)
 
 
 def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor, Tensor]) -> Run:

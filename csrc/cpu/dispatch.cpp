@@ -123,7 +123,8 @@ void check_header(const uint8_t* packet, const Format& format, const Packet& row
   }
   if (header[0] != uint64_t(row.digest)) {
     throw std::invalid_argument("packet " + std::to_string(number) + " holds other sizes than the " +
-                                std::to_string(row.blocks) + " blocks of 32 elements expected here, or is corrupt");
+                                std::to_string(row.blocks) + " blocks of 32 elements expected here" +
+                                (is_sparse(format.kind) ? ", another share of them" : "") + ", or is corrupt");
   }
 }
 

@@ -21,6 +21,11 @@ int64_t part_count(int64_t length, int threads) {
   return std::clamp<int64_t>(length / kPartElements, 1, std::max(threads, 1));
 }
 
+// Candidates that each of `count` parts of a segment has room for.
+int64_t part_capacity(const Segment& segment, int64_t count) {
+  return std::min(sampling_of(segment.length, segment.kept).capacity, segment.length / count + kBlock);
+}
+
 int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
 
 void* element(void* buffer, ElementType type, int64_t offset) {
@@ -102,7 +107,7 @@ void select_all(const SparseKernels& kernels, const Layout& layout, Kind kind, v
   for (int64_t s = 0; s < layout.segment_count; ++s) {
     const Segment& segment = layout.segments[s];
     if (segment.length == 0) continue;
-    int64_t count = part_count(segment.length, threads), capacity = sampling_of(segment.length, segment.kept).capacity;
+    int64_t count = part_count(segment.length, threads), capacity = part_capacity(segment, count);
     tasks.push_back({source_of(segment), target_of(segment), 0, int64_t(parts.size()), count});
     for (int64_t p = 0; p < count; ++p, candidates += capacity) {
       // Between blocks, so that whole blocks can be read.
@@ -126,7 +131,7 @@ void select_all(const SparseKernels& kernels, const Layout& layout, Kind kind, v
   });
   each(int64_t(tasks.size()), [&](size_t i) {
     const Task& task = tasks[i];
-    kernels.select(task.source, kind, parts.data() + task.part, task.parts, task.target);
+    kernels.select(task.source, kind, task.threshold, parts.data() + task.part, task.parts, task.target);
   });
 }
 
@@ -190,7 +195,8 @@ int64_t sparse_scratch_nbytes(const Layout& layout, int64_t ranks, int threads) 
   int64_t candidates = 0;
   for (int64_t s = 0; s < layout.segment_count; ++s) {
     const Segment& segment = layout.segments[s];
-    candidates += part_count(segment.length, threads) * sampling_of(segment.length, segment.kept).capacity;
+    int64_t count = part_count(segment.length, threads);
+    candidates += count * part_capacity(segment, count);
   }
   return indices_nbytes(layout, ranks) + align16(candidates * int64_t(sizeof(Candidate)));
 }

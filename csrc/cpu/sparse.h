@@ -51,7 +51,8 @@ struct SparseKernels {
   // Collects the elements that reach the threshold; writes the compensated values into the residual.
   void (*collect)(const SparseSource&, Kind, uint32_t threshold, SparsePart&);
   // Selects among the candidates of all parts, or among all elements, and writes values, words and the residual of what is selected.
-  void (*select)(const SparseSource&, Kind, const SparsePart* parts, int64_t part_count, const SparseTarget&);
+  void (*select)(const SparseSource&, Kind, uint32_t threshold, const SparsePart* parts, int64_t part_count,
+                 const SparseTarget&);
   // Writes elements [begin, end) of the sum into a buffer of `type` that begins at the run's first element.
   void (*expand)(const SparseSource&, Kind, int64_t begin, int64_t end, bool stream, ElementType type, void* output);
 };

@@ -269,7 +269,8 @@ void collect(const SparseSource& source, uint32_t threshold, SparsePart& part) {
 }
 
 template <Kind kKind, typename Origin>
-void select(const SparseSource& source, const SparsePart* parts, int64_t part_count, const SparseTarget& target) {
+void select(const SparseSource& source, uint32_t threshold, const SparsePart* parts, int64_t part_count,
+            const SparseTarget& target) {
   int64_t found = 0;
   bool complete = true;
   for (int64_t p = 0; p < part_count; ++p) {
@@ -292,17 +293,20 @@ void select(const SparseSource& source, const SparsePart* parts, int64_t part_co
     });
   } else {
     const uint32_t all = 0;
-    Quota quota = select_key(target.kept, source.length, [&](auto visit) {
-      Compensated<Origin> values(source, true);
-      for_each_reaching(values, 0, source.length, all, false,
-                        [&](int64_t, uint32_t bits) { visit(magnitude_key(bits)); });
-    });
-    uint32_t threshold = quota.key;
+    // If nothing but zeros is missing they need not be counted.
+    Quota quota = complete && threshold <= 1
+                      ? Quota{0, target.kept - found}
+                      : select_key(target.kept, source.length, [&](auto visit) {
+                          Compensated<Origin> values(source, true);
+                          for_each_reaching(values, 0, source.length, all, false,
+                                            [&](int64_t, uint32_t bits) { visit(magnitude_key(bits)); });
+                        });
+    uint32_t reached = quota.key;
     Compensated<Origin> values(source, true);
-    for_each_reaching(values, 0, source.length, threshold, false, [&](int64_t index, uint32_t bits) {
+    for_each_reaching(values, 0, source.length, reached, false, [&](int64_t index, uint32_t bits) {
       uint32_t key = magnitude_key(bits);
       if (key < quota.key || (key == quota.key && quota.ties == 0)) return;
-      if (key == quota.key && --quota.ties == 0) ++threshold;
+      if (key == quota.key && --quota.ties == 0) ++reached;
       selected.add(index, bits);
     });
   }
@@ -339,9 +343,9 @@ struct ForKind {
   static void run_collect(const SparseSource& source, uint32_t threshold, SparsePart& part) {
     SR_FOR_ORIGIN(collect, source, threshold, part)
   }
-  static void run_select(const SparseSource& source, const SparsePart* parts, int64_t part_count,
+  static void run_select(const SparseSource& source, uint32_t threshold, const SparsePart* parts, int64_t part_count,
                          const SparseTarget& target) {
-    SR_FOR_ORIGIN(select, source, parts, part_count, target)
+    SR_FOR_ORIGIN(select, source, threshold, parts, part_count, target)
   }
   static void run_expand(const SparseSource& source, int64_t begin, int64_t end, bool stream, ElementType type,
                          void* output) {
@@ -362,9 +366,9 @@ uint32_t any_estimate(const SparseSource& source, Kind kind, int64_t kept) { SR_
 void any_collect(const SparseSource& source, Kind kind, uint32_t threshold, SparsePart& part) {
   SR_FOR_KIND(run_collect, source, threshold, part)
 }
-void any_select(const SparseSource& source, Kind kind, const SparsePart* parts, int64_t part_count,
+void any_select(const SparseSource& source, Kind kind, uint32_t threshold, const SparsePart* parts, int64_t part_count,
                 const SparseTarget& target) {
-  SR_FOR_KIND(run_select, source, parts, part_count, target)
+  SR_FOR_KIND(run_select, source, threshold, parts, part_count, target)
 }
 void any_expand(const SparseSource& source, Kind kind, int64_t begin, int64_t end, bool stream, ElementType type,
                 void* output) {

@@ -1,7 +1,7 @@
 """Which elements of a flat buffer go into which packets, as the tables that every kernel reads.
 
 The normative text is docs/wire-formats.md, section 1; the rows are the structs ``Segment`` and ``Packet`` of
-``csrc/formats/packet.h``.
+``csrc/formats/types.h``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Layout:
         stride: Size of the largest packet: the distance at which packets lie in a buffer.
         numel: Elements in all segments.
         extent: Elements that the buffer must have at least: the end of the segment that reaches furthest.
+        packet_blocks: Blocks of each packet.
         blocks: Blocks in all packets.
         origin_end: One more than the largest origin; a worker's residual has ``32 * origin_end`` elements at least.
     """
@@ -72,7 +73,8 @@ class Layout:
         self.nbytes: tuple[int, ...] = tuple(packets[:, _NBYTES].tolist())
         self.stride = max(self.nbytes)
         self.numel = int(lengths.sum())
-        self.blocks = int(packets[:, _BLOCKS].sum())
+        self.packet_blocks: tuple[int, ...] = tuple(packets[:, _BLOCKS].tolist())
+        self.blocks = sum(self.packet_blocks)
         used = rows[lengths > 0]
         ends = used[:, _OFFSET] + used[:, _LENGTH]
         origins = used[:, _ORIGIN] + (used[:, _LENGTH] + BLOCK - 1) // BLOCK

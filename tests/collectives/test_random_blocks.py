@@ -296,6 +296,13 @@ def _refused(rank: int, world: int) -> None:
     with pytest.raises(RuntimeError, match="do not agree"):
         sr.all_reduce(x, codec if rank == 0 else sr.RandomBlocks(0.2))
     assert torch.equal(x, torch.ones(10))
+    with pytest.raises(RuntimeError, match=r"rank 0: .* of seed 0 in step 0 .*rank 1: .* of seed 1 in step 0"):
+        sr.all_reduce(x, codec, seed=rank)
+    ahead = sr.ErrorFeedback()
+    ahead.step = rank
+    with pytest.raises(RuntimeError, match=r"rank 0: .* of seed 0 in step 0 .*rank 1: .* of seed 0 in step 1"):
+        sr.all_reduce(x, codec, seed=0, feedback=ahead)
+    assert torch.equal(x, torch.ones(10))
     sr.all_reduce(x, sr.RandomBlocks(1, block=3))
     assert torch.equal(x, torch.ones(10))
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce._layout import BLOCK
-from smallreduce.codecs import Codec
+from smallreduce.codecs import Codec, RandomBlocks
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import Start
 from smallreduce.collectives._engine import BucketEngine
@@ -106,6 +106,9 @@ def all_reduce(
         return work
 
     text = f"all_reduce of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, codec {chosen}"
+    if isinstance(chosen, RandomBlocks):
+        # Elsewhere these only round; here they say which elements are summed, and no packet would tell.
+        text += f" of seed {base} in step {0 if feedback is None else feedback.step}"
     if engine is None:
         nbytes = 2 * (world - 1) * flat.nbytes // world
         return _call.run(channel, text, _call.plain(channel, "all_reduce", x, nbytes, issue, copy_back), True, async_op)

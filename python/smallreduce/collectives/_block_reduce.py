@@ -53,8 +53,6 @@ class BlockReduce(BucketEngine):
         self.collectives = 1
 
     def _prepare(self, server: Tensor | None, seed: int, bucket: int, step: int | Tensor) -> None:
-        if self._masked is not None:
-            raise ValueError(f"what is sent can be masked with sparse packets only, not with {self._codec}")
         self._spans = [
             self._codec.spans(segment.length, self._codec.key(seed, bucket, number, int(step)))
             for number, segment in enumerate(self._segments)

@@ -105,6 +105,7 @@ class BucketEngine(Engine):
 
     Attributes:
         collectives: Of torch's, that one call issues.
+        is_sparse: Whether packets name the elements that they hold.
         bytes_sent: Payload that this rank sends in one call; where that is not always the same, in the latest.
         worker_numel: Elements of the worker's residual (fp32, block order of the segments: element j of block b at
             ``32 * b + j``).
@@ -115,6 +116,7 @@ class BucketEngine(Engine):
 
     name = "all_reduce"
     collectives: int
+    is_sparse = False
     bytes_sent: int
     worker_numel: int
     server_numel = 0
@@ -154,6 +156,8 @@ class BucketEngine(Engine):
             after: Called when the result stands in the buffer and the engine is free, before the Work completes.
             start: How.
         """
+        if masked is not None and not self.is_sparse:
+            raise ValueError("what is sent can be masked with sparse packets only")
         self._claim(after, buffer, worker, server, masked)
         self._buffer = buffer
         self._factor = factor_of(op, self.channel.world_size)
@@ -209,11 +213,12 @@ class AllReduce(BucketEngine):
         self.server_numel = sum(server_numels)
         self.server_origins = torch.cat([shard.block_origins() for shard in self._shards])
         self.collectives = 2 * chunks
+        self.is_sparse = codec.format.is_sparse
         self.bytes_sent = 2 * (world - 1) * sum(strides)
 
     @property
     def packet_blocks(self) -> list[int]:
-        return [self.layout.select([packet]).blocks for packet in range(self.layout.packet_count)]
+        return list(self.layout.packet_blocks)
 
     def _prepare(self, server: Tensor | None, seed: int, bucket: int, step: int | Tensor) -> None:
         none: list[Tensor | None] = [None] * self.chunks

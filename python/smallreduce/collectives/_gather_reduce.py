@@ -36,6 +36,7 @@ class GatherReduce(BucketEngine):
         super().__init__(channel, [self.layout.stride])
         self.worker_numel = BLOCK * self.layout.blocks
         self.collectives = 1
+        self.is_sparse = True
         self.bytes_sent = (channel.world_size - 1) * self.layout.stride
 
     @property
