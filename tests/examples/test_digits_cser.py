@@ -20,11 +20,11 @@ import digits  # noqa: E402
 import digits_cser  # noqa: E402
 
 
-@pytest.mark.parametrize("method", ["cser", "ef-sgd"])
-def test_it_learns(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method, lr", [("cser", 0.05), ("qsparse-local-sgd", 0.02)])
+def test_it_learns(method: str, lr: float, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     finished = subprocess.run(
-        [*torchrun, EXAMPLES / "digits_cser.py", f"--method={method}", "--steps=200"],
+        [*torchrun, EXAMPLES / "digits_cser.py", f"--method={method}", f"--lr={lr}", "--steps=200"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
