@@ -348,8 +348,8 @@ def format_runs(runs: Sequence[Run], sparsity_warmup: int) -> str:
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"steps": 640, "batch": 16, "sparsity_warmup": 64, "learning_rates": [0.0125, 0.025, 0.05, 0.1]},
-    "gpt": {"steps": 320, "batch": 4, "sparsity_warmup": 32, "learning_rates": [0.1, 0.2, 0.4], "clip_norm": 0.1},
+    "digits": {"steps": 640, "batch": 16, "learning_rates": [0.003, 0.006, 0.0125, 0.025, 0.05]},
+    "gpt": {"steps": 320, "batch": 4, "learning_rates": [0.2, 0.4, 0.8], "clip_norm": 0.1},
 }
 
 
@@ -375,6 +375,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.sparsity_warmup is None:
+        args.sparsity_warmup = 4 * (args.steps // 40)
     if args.tuning_seed in args.seeds:
         parser.error("--tuning-seed must be none of --seeds")
     if args.sparsity_warmup % 4 or not 4 <= args.sparsity_warmup < args.steps:

@@ -170,7 +170,7 @@ MADE_BY = {
         (["--methods", "adam"], "invalid choice: 'adam'"),
         (["--seeds", "0", "1000"], "none of --seeds"),
         (["--sparsity-warmup", "6"], "a multiple of 4"),
-        (["--steps", "64"], "less than --steps"),
+        (["--steps", "64", "--sparsity-warmup", "64"], "less than --steps"),
     ],
 )
 def test_wrong_use_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
