@@ -457,6 +457,9 @@ def _refuses(rank: int, world: int) -> None:
     if world > 1:
         with pytest.raises(RuntimeError, match=r"reset_interval 16.*reset_interval 17"):
             CSER(model, lr=0.1, reset_interval=16 + rank % 2)
+        for name, values in {"lr": (0.1, 0.2), "momentum": (0.9, 0.8), "weight_decay": (0.0, 0.1)}.items():
+            with pytest.raises(RuntimeError, match=rf"{name} {values[0]}.*{name} {values[1]}"):
+                CSER(model, **{"lr": 0.1, name: values[rank % 2]})
         with pytest.raises(RuntimeError, match=r"weight: \(2, 3\).*weight: \(2, 4\)"):
             CSER(nn.Linear(3 + rank % 2, 2), lr=0.1)
     optimizer = CSER(model, lr=0.1, params=[model[0].weight])  # type: ignore[index]
@@ -468,6 +471,11 @@ def _refuses(rank: int, world: int) -> None:
         with pytest.raises(error, match=message):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == 1
+        if world > 1:
+            alone = rank == world - 1
+            with pytest.raises(error if alone else RuntimeError, match=message):
+                optimizer.add_param_group(group if alone else {"params": [model[0].bias]})  # type: ignore[index]
+            assert len(optimizer.param_groups) == 1
     sparse = nn.Embedding(4, 3, sparse=True)
     optimizer = CSER(sparse, lr=0.1)
     sparse(torch.tensor([1])).sum().backward()

@@ -315,10 +315,14 @@ def _bad_input(rank: int, world: int) -> None:
     for options, error, message in wrong:
         with pytest.raises(error, match=message):
             sr.optim.DGC(ddp, **{"lr": 0.1, **options})
+        # One rank alone: the others are told.
+        alone = rank == world - 1
+        with pytest.raises(error if alone else RuntimeError, match=message):
+            sr.optim.DGC(ddp, **{"lr": 0.1, **(options if alone else {})})
     with pytest.raises(TypeError, match="must be a DistributedDataParallel module, got Sequential"):
         sr.optim.DGC(ddp.module, lr=0.1)  # type: ignore[arg-type]
     # All of them left the model as it was.
-    optimizer = sr.optim.DGC(ddp, lr=torch.tensor(0.1), ratio=0.1)
+    optimizer = sr.optim.DGC(ddp, lr=torch.tensor([0.1]) if rank else float(torch.tensor(0.1)), ratio=0.1)
     loss_of(ddp, rank, 0).backward()
     optimizer.step()
     with pytest.raises(RuntimeError, match="comm_hook"):

@@ -19,8 +19,8 @@ GATHER_RANKS = 4
 """Up to so many ranks, sparse packets are gathered whatever their size."""
 
 GATHER_NBYTES = 1 << 17
-"""Among more, they are while a rank sends no more bytes than this: 1 ms on a link of 1 Gb/s, about what a second
-exchange would take."""
+"""Among more, they are while a rank sends no more bytes than this: 1 ms on a link of 1 Gb/s. Neither number is
+measured; the reasoning is that a second exchange takes about as long."""
 
 
 def gathers(packet_nbytes: int, world_size: int) -> bool:

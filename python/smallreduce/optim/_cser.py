@@ -202,7 +202,12 @@ class CSER(torch.optim.Optimizer):
             return
         refusing(self._channel, prepare)
         parameters = self.param_groups[-1]["params"]
-        self._agree(parameters)
+        try:
+            self._agree(parameters)
+        except Exception:
+            # The ranks are still in step, so this one must not go on with a group that another has refused.
+            self.param_groups.pop()
+            raise
         self._broadcast(parameters)
         self._add(self._fresh())
 
@@ -229,6 +234,11 @@ class CSER(torch.optim.Optimizer):
         lines = [
             f"{names[id(t)]}: {tuple(t.shape)} of {t.dtype}, group {groups.get(id(t))}, requires_grad {t.requires_grad}"
             for t in tensors
+        ]
+        lines += [
+            f"group {number}: lr {float(group['lr'])}, momentum {group['momentum']}, nesterov {group['nesterov']}, "
+            f"weight_decay {group['weight_decay']}"
+            for number, group in enumerate(self.param_groups)
         ]
         header = f"smallreduce.optim.CSER: {self._scheme}, seed {self._seed}, after {self.steps} steps"
         agree(self._channel, header, lines, self._count)

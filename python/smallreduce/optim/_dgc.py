@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from smallreduce.codecs import TopK
 from smallreduce.codecs._codec import fraction_of
+from smallreduce.collectives import channel_of
 from smallreduce.ddp import Stats, hook
+from smallreduce.ddp._agreement import refusing
 from smallreduce.optim._dgc_hook import DGCState, advance
 from smallreduce.optim._dgc_reshard import reshard
 from smallreduce.optim._dgc_warmup import check_warmup
@@ -98,25 +100,31 @@ class DGC(Optimizer):
     ) -> None:
         if not isinstance(ddp_model, DistributedDataParallel):
             raise TypeError(f"ddp_model must be a DistributedDataParallel module, got {type(ddp_model).__name__}")
-        if clip_norm is not None:
-            _check_number("clip_norm", clip_norm, 0.0)
-            if clip_norm == 0:
-                raise ValueError("clip_norm must be above 0, or None for no clipping, got 0")
-        stages = check_warmup(warmup)
-        TopK(ratio, values)
         self._hook: DGCState | None = None
         self._ids = {id(parameter) for parameter in ddp_model.module.parameters()}
-        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ratio=ratio)
-        super().__init__(ddp_model.module.parameters() if params is None else params, defaults)
-        self._hook = DGCState(
-            self,
-            ddp_model,
-            warmup=stages,
-            clip_norm=clip_norm,
-            momentum_masking=bool(momentum_masking),
-            values=values,
-            scaler=scaler,
-        )
+
+        def prepare() -> DGCState:
+            if clip_norm is not None:
+                _check_number("clip_norm", clip_norm, 0.0)
+                if clip_norm == 0:
+                    raise ValueError("clip_norm must be above 0, or None for no clipping, got 0")
+            stages = check_warmup(warmup)
+            TopK(ratio, values)
+            defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ratio=ratio)
+            super(DGC, self).__init__(ddp_model.module.parameters() if params is None else params, defaults)
+            return DGCState(
+                self,
+                ddp_model,
+                warmup=stages,
+                clip_norm=clip_norm,
+                momentum_masking=bool(momentum_masking),
+                values=values,
+                scaler=scaler,
+            )
+
+        group = ddp_model.process_group
+        device = next(parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad)
+        self._hook = refusing(channel_of(group, device) if group.size() > 1 else None, prepare)
         self._ignored = {
             id(parameter)
             for name, parameter in ddp_model.module.named_parameters()
@@ -203,7 +211,7 @@ class DGC(Optimizer):
             updates[at] = updates[at] + velocity
         if group["weight_decay"]:
             updates = list(torch._foreach_add(self._decay(group, parameters), updates))
-        torch._foreach_add_(parameters, torch._foreach_mul(updates, -group["lr"]))
+        torch._foreach_add_(parameters, torch._foreach_mul(updates, -float(group["lr"])))
 
     def _with_momentum(self, group: Mapping[str, Any], parameters: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         """What momentum makes of gradients that are means over the ranks."""

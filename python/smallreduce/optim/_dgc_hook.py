@@ -233,7 +233,11 @@ class DGCState(HookState):
         return binding
 
     def _header(self) -> str:
-        groups = [{name: value for name, value in group.items() if name in _AGREED} for group in self._options()]
+        groups = [
+            # A tensor is written with its device, which is each rank's own.
+            {name: float(group[name]) if name == "lr" else group[name] for name in _AGREED}
+            for group in self._options()
+        ]
         return (
             f"smallreduce.optim.DGC: {groups}, warmup {self._warmup}, clip_norm {self._clip_norm}, momentum_masking "
             f"{self._momentum_masking}, values {self._values}, {super()._header()}"
