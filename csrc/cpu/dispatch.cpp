@@ -1,5 +1,6 @@
 #include "cpu/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -31,7 +32,7 @@ namespace {
 
 using namespace smallreduce::SR_TARGET;
 
-constexpr int64_t kGrainElements = 1 << 15;
+constexpr int64_t kGrainElements = 1 << 15;  // are worth a thread
 
 struct Isa {
   const char* name;
@@ -134,6 +135,13 @@ void over_groups(void (*kernel)(const Args&, int64_t, int64_t), const Args& args
   parallel_for(args.layout.groups(), grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// TopK's work is cut at segments, of which many may be small: no more threads than its elements are worth.
+template <typename Args>
+int sparse_threads(const Args& args, int threads) {
+  int64_t elements = args.layout.groups() * args.format.group;
+  return int(std::clamp<int64_t>(elements / kGrainElements, 1, std::max(threads, 1)));
+}
+
 }  // namespace
 
 std::vector<std::string> supported_isas() {
@@ -151,7 +159,7 @@ void clear(const DecodeArgs& args, ElementType packet_type, int threads) {
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], packet_type, p);
   }
-  sparse_clear(args, threads);
+  sparse_clear(args, sparse_threads(args, threads));
 }
 
 void encode(const EncodeArgs& args, int threads) {
@@ -159,7 +167,7 @@ void encode(const EncodeArgs& args, int threads) {
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     write_header(args.packets + p * args.stride, args.format, args.layout, p, args.type);
   }
-  if (is_sparse(args.format.kind)) return sparse_encode(sparse_kernels(), args, threads);
+  if (is_sparse(args.format.kind)) return sparse_encode(sparse_kernels(), args, sparse_threads(args, threads));
   over_groups(kernels().encode, args, threads);
 }
 
@@ -168,7 +176,7 @@ void decode(const DecodeArgs& args, int threads) {
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type, p);
   }
-  if (is_sparse(args.format.kind)) return sparse_decode(sparse_kernels(), args, threads);
+  if (is_sparse(args.format.kind)) return sparse_decode(sparse_kernels(), args, sparse_threads(args, threads));
   over_groups(kernels().decode, args, threads);
 }
 
@@ -177,7 +185,7 @@ void reduce(const ReduceArgs& args, int threads) {
   for (int64_t r = 0; r < args.ranks; ++r) {
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], args.type, r);
   }
-  if (is_sparse(args.format.kind)) return sparse_reduce(sparse_kernels(), args, threads);
+  if (is_sparse(args.format.kind)) return sparse_reduce(sparse_kernels(), args, sparse_threads(args, threads));
   over_groups(kernels().reduce, args, threads);
 }
 
@@ -187,7 +195,8 @@ void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads) 
     check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], type, r);
   }
   if (is_sparse(args.format.kind)) {
-    sparse_reduce_encode(sparse_kernels(), args, threads);  // which may yet refuse a packet for its words
+    // Which may yet refuse a packet for its words.
+    sparse_reduce_encode(sparse_kernels(), args, sparse_threads(args, threads));
   } else {
     over_groups(kernels().reduce_encode, args, threads);
   }

@@ -66,10 +66,11 @@ SparseTarget target_of(uint8_t* packet, Kind kind, const Packet& row, const Segm
 }
 
 // Indices of all runs of the packets of `ranks` ranks, or (ranks = 0) of each packet of a layout, rank after rank. Throws
-// std::invalid_argument before anything is written if the words of one do not fit.
-void read_packets(const uint8_t* packets, int64_t stride, int64_t ranks, const Layout& layout, Kind kind,
-                  uint32_t* indices, int threads) {
-  int64_t values = total_values(layout), copies = std::max<int64_t>(ranks, 1);
+// std::invalid_argument before anything is written if the words of one do not fit. Returns the number of each packet's first
+// value, of a layout whose packets lie one behind the other.
+std::vector<int64_t> read_packets(const uint8_t* packets, int64_t stride, int64_t ranks, const Layout& layout,
+                                  Kind kind, uint32_t* indices, int threads) {
+  int64_t copies = std::max<int64_t>(ranks, 1);
   std::vector<int64_t> first(size_t(layout.packet_count) + 1, 0);
   for (int64_t p = 0; p < layout.packet_count; ++p) first[size_t(p) + 1] = first[size_t(p)] + layout.packets[p].values;
   std::atomic<int64_t> refused{-1};
@@ -80,7 +81,7 @@ void read_packets(const uint8_t* packets, int64_t stride, int64_t ranks, const L
       int64_t packet = ranks == 0 ? segment.packet : copy;
       auto from =
           target_of(const_cast<uint8_t*>(packets) + packet * stride, kind, layout.packets[segment.packet], segment);
-      uint32_t* to = indices + copy * values + first[size_t(segment.packet)] + segment.value;
+      uint32_t* to = indices + copy * first.back() + first[size_t(segment.packet)] + segment.value;
       if (!read_indices(from.words, segment.kept, segment.length, to)) refused = packet;
     }
   });
@@ -88,6 +89,7 @@ void read_packets(const uint8_t* packets, int64_t stride, int64_t ranks, const L
     throw std::invalid_argument("packet " + std::to_string(refused.load()) +
                                 " names other elements than its segments have, or is corrupt");
   }
+  return first;
 }
 
 // Selects in every run of a layout. source_of(segment) gives what from, target_of(segment) where to.
@@ -139,16 +141,14 @@ void select_all(const SparseKernels& kernels, const Layout& layout, Kind kind, v
 void expand_all(const SparseKernels& kernels, const uint8_t* packets, int64_t stride, int64_t ranks, float factor,
                 const Layout& layout, Kind kind, void* output, ElementType type, void* scratch, int threads) {
   auto* indices = static_cast<uint32_t*>(scratch);
-  read_packets(packets, stride, ranks, layout, kind, indices, threads);
+  std::vector<int64_t> first = read_packets(packets, stride, ranks, layout, kind, indices, threads);
   struct Task {
     SparseSource source;
     int64_t begin, end;
     void* output;
   };
   std::vector<Task> tasks;
-  std::vector<int64_t> first(size_t(layout.packet_count) + 1, 0);
   int64_t elements = 0;
-  for (int64_t p = 0; p < layout.packet_count; ++p) first[size_t(p) + 1] = first[size_t(p)] + layout.packets[p].values;
   for (int64_t s = 0; s < layout.segment_count; ++s) {
     const Segment& segment = layout.segments[s];
     elements += segment.length;
@@ -158,7 +158,7 @@ void expand_all(const SparseKernels& kernels, const uint8_t* packets, int64_t st
                         nullptr,        type,
                         from.values,    indices + first[size_t(segment.packet)] + segment.value,
                         segment.kept,   std::max<int64_t>(ranks, 1),
-                        stride,         total_values(layout),
+                        stride,         first.back(),
                         factor};
     for (int64_t begin = 0; begin < segment.length; begin += kExpandElements) {
       tasks.push_back(
@@ -181,12 +181,12 @@ int64_t indices_nbytes(const Layout& layout, int64_t ranks) { return align16(4 *
 
 Sampling sampling_of(int64_t length, int64_t kept) {
   constexpr int64_t kSmallest = 1 << 9, kLine = 16;
-  if (length < kSmallest || 2 * kept >= length) return {0, 0, length};
-  int64_t samples = std::clamp<int64_t>(length / 64, 1 << 7, 1 << 14) / kLine * kLine;
+  if (length < kSmallest || 2 * kept >= length) return {0, 0, 0};
+  int64_t samples = std::clamp<int64_t>(length / 64, 1 << 7, kMostSamples) / kLine * kLine;
   // Of the samples about `expected` are among the largest, give or take its root. Four roots more are rarely too few.
   double expected = double(samples) * double(kept) / double(length);
   double rank = std::ceil(expected + 4 * std::sqrt(expected) + 2);
-  if (2 * rank >= double(samples)) return {0, 0, length};
+  if (2 * rank >= double(samples)) return {0, 0, 0};
   double most = (rank + 4 * std::sqrt(rank) + 4) * double(length) / double(samples);
   return {samples, int64_t(rank), std::min(length, int64_t(std::ceil(most)))};
 }
@@ -255,14 +255,12 @@ void sparse_reduce_encode(const SparseKernels& kernels, const ReduceEncodeArgs& 
 void sparse_clear(const DecodeArgs& args, int threads) {
   const Layout& layout = args.layout;
   auto* indices = static_cast<uint32_t*>(args.scratch);
-  read_packets(args.packets, args.stride, 0, layout, args.format.kind, indices, threads);
-  int64_t first = 0, packet = 0;
+  std::vector<int64_t> first = read_packets(args.packets, args.stride, 0, layout, args.format.kind, indices, threads);
   for (int64_t s = 0; s < layout.segment_count; ++s) {
     const Segment& segment = layout.segments[s];
-    for (; packet < segment.packet; ++packet) first += layout.packets[packet].values;
+    const uint32_t* own = indices + first[size_t(segment.packet)] + segment.value;
     for (int64_t i = 0; i < segment.kept; ++i) {
-      memset(element(args.output, args.type, segment.offset + indices[first + segment.value + i]), 0,
-             size_t(element_bytes(args.type)));
+      memset(element(args.output, args.type, segment.offset + own[i]), 0, size_t(element_bytes(args.type)));
     }
   }
 }

@@ -3,8 +3,8 @@
 //
 // Selection is exact, and mostly one pass over the elements: a sample gives a threshold that about twice as many elements reach as
 // are wanted; those are collected in order, and the k-th largest among them is found by radix (Deep Gradient Compression,
-// arXiv:1712.01887, section 5: sampled threshold, exact selection among the survivors). Where the sample misled, the k-th
-// largest of all elements is found by radix, at the price of more passes.
+// arXiv:1712.01887, section 5: sampled threshold, exact selection among the survivors). Where the sample misled, and where so many
+// are wanted that a sample would spare nothing, the k-th largest of all elements is found by radix, at the price of more passes.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -46,7 +46,8 @@ struct SparseTarget {
 };
 
 struct SparseKernels {
-  // A threshold for the magnitudes, as integers, that at least `kept` elements reach if the sample is fair.
+  // A threshold for the magnitudes, as integers, that at least `kept` elements reach if the sample is fair; without a sample one
+  // that nothing but a NaN does.
   uint32_t (*estimate)(const SparseSource&, Kind, int64_t kept);
   // Collects the elements that reach the threshold; writes the compensated values into the residual.
   void (*collect)(const SparseSource&, Kind, uint32_t threshold, SparsePart&);
@@ -58,8 +59,9 @@ struct SparseKernels {
 };
 
 // How a run is sampled, and how much room its candidates get.
+constexpr int64_t kMostSamples = 1 << 14;
 struct Sampling {
-  int64_t samples;   // 0: every element is a candidate
+  int64_t samples;   // 0: there are no candidates, the selection is among all elements
   int64_t rank;      // the threshold is the rank-th largest of the samples
   int64_t capacity;  // candidates that a part may have
 };

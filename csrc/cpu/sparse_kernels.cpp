@@ -20,8 +20,9 @@ SR_FN uint32_t magnitude_key(uint32_t bits) {
   uint32_t magnitude = bits & ~kSignBit;
   return magnitude > kInfBits ? kNanBits : magnitude;
 }
-constexpr uint32_t kSmallestNan =
-    kInfBits + 1;  // of all bit patterns: at_least_bits() sees them before they are made alike
+// Of all bit patterns: at_least_bits() sees them before they are made alike.
+constexpr uint32_t kSmallestNan = kInfBits + 1;
+constexpr uint32_t kNoKey = kNanBits + 1;  // above all keys
 
 SR_FN float limited_sum(float value, float residual) {
   float sum = value + residual;
@@ -239,26 +240,28 @@ class Selected {
 template <Kind kKind, typename Origin>
 uint32_t estimate(const SparseSource& source, int64_t kept) {
   cpu::Sampling sampling = cpu::sampling_of(source.length, kept);
-  if (sampling.samples == 0) return 0;
+  if (sampling.samples == 0) return kNoKey;
   // Lines of 16 neighbours, which cost what one element costs; where they stand varies, lest they meet the rows of a matrix.
   constexpr int64_t kLine = 16;
   int64_t lines = sampling.samples / kLine, distance = source.length / lines;
-  std::vector<uint32_t> keys(size_t(sampling.samples));
+  uint32_t keys[cpu::kMostSamples];
   Compensated<Origin> values(source, false);
   for (int64_t line = 0; line < lines; ++line) {
     float tile[kBlock];
     int64_t begin = line * distance + int64_t(mix64(uint64_t(line)) % uint64_t(distance - kLine + 1));
     const float* sample = values.view(begin, kLine, tile);
-    for (int64_t i = 0; i < kLine; ++i) keys[size_t(line * kLine + i)] = magnitude_key(bits_of(sample[i]));
+    for (int64_t i = 0; i < kLine; ++i) keys[line * kLine + i] = magnitude_key(bits_of(sample[i]));
   }
-  auto chosen = keys.begin() + (sampling.rank - 1);
-  std::nth_element(keys.begin(), chosen, keys.end(), std::greater<uint32_t>());
+  uint32_t* chosen = keys + (sampling.rank - 1);
+  std::nth_element(keys, chosen, keys + sampling.samples, std::greater<uint32_t>());
   // Where even so many are zero, the others are few enough to be the candidates.
   return std::max(*chosen, 1u);
 }
 
 template <Kind kKind, typename Origin>
 void collect(const SparseSource& source, uint32_t threshold, SparsePart& part) {
+  part.count = 0;
+  if (threshold == kNoKey && !source.residual) return;
   Compensated<Origin> values(source, false);
   int64_t count = 0;
   for_each_reaching(values, part.begin, part.end, threshold, source.residual != nullptr, [&](int64_t i, uint32_t bits) {
@@ -293,8 +296,8 @@ void select(const SparseSource& source, uint32_t threshold, const SparsePart* pa
     });
   } else {
     const uint32_t all = 0;
-    // If nothing but zeros is missing they need not be counted.
-    Quota quota = complete && threshold <= 1
+    // If nothing but zeros is missing, or all are wanted, they need not be counted.
+    Quota quota = target.kept == source.length || (complete && threshold <= 1)
                       ? Quota{0, target.kept - found}
                       : select_key(target.kept, source.length, [&](auto visit) {
                           Compensated<Origin> values(source, true);

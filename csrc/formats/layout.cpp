@@ -32,10 +32,6 @@ void check(const std::vector<int64_t>& offsets, const std::vector<int64_t>& leng
   int64_t blocks = 0;
   for (size_t i = 0; i < offsets.size(); ++i) {
     if (offsets[i] < 0 || lengths[i] < 0) refuse("segment " + std::to_string(i) + " has a negative offset or length");
-    if (is_sparse(format.kind) && lengths[i] > kMaxSparseSegment) {
-      refuse("segment " + std::to_string(i) + " has " + std::to_string(lengths[i]) +
-             " elements; top-k takes fewer than 2^32");
-    }
     blocks += ceil_div(lengths[i], kBlock);
     if (blocks > kMaxBlocks) refuse("the segments hold more than 2^33 elements, the most that one layout takes");
   }
@@ -73,8 +69,12 @@ LayoutTables build_layout(const std::vector<int64_t>& offsets, const std::vector
         while (end_of(packet) <= group) ++packet;
         piece = std::min(piece, (end_of(packet) - group) * format.group);
       }
+      if (sparse && piece > kMaxSparseSegment) {
+        refuse("segment " + std::to_string(i) + " has " + std::to_string(piece) +
+               " elements in one packet; top-k takes fewer than 2^32");
+      }
       Packet& row = tables.packets[size_t(packet)];
-      // The numerator is below 2^30 and a segment below 2^32.
+      // The numerator is below 2^30 and a piece below 2^32.
       int64_t kept = sparse ? ceil_div(piece * ratio.numerator, ratio.denominator) : 0;
       int64_t& word = words[size_t(packet)];
       tables.segments.push_back(

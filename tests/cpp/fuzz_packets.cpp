@@ -1,12 +1,15 @@
 // Feeds damaged packets to every decoder of the CPU kernels, on buffers that end where the data end, for AddressSanitizer to
 // watch (tests/cpp/fuzz). Whatever the packet, a decoder either refuses it and leaves its output alone, or writes no more
-// than the packet can hold.
+// than the packet can hold. Kinds, layouts, threads, residuals, and where packets begin and how far apart they are, all vary.
 //
 //     fuzz_packets ITERATIONS [SEED]
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -28,8 +31,9 @@ Bytes bytes(int64_t count) { return Bytes(new uint8_t[size_t(std::max<int64_t>(c
 
 int64_t below(Random& random, int64_t end) { return int64_t(random() % uint64_t(std::max<int64_t>(end, 1))); }
 
-const Kind kKinds[] = {Kind::kTopKFloat32, Kind::kTopKBFloat16, Kind::kTopKFloat16,
-                       Kind::kInt4,        Kind::kSign,         Kind::kCastE4M3};
+const Kind kKinds[] = {Kind::kTopKFloat32,  Kind::kTopKBFloat16, Kind::kTopKFloat16, Kind::kInt2,
+                       Kind::kInt4,         Kind::kInt8,         Kind::kSign,        Kind::kCastFloat32,
+                       Kind::kCastBFloat16, Kind::kCastFloat16,  Kind::kCastE4M3,    Kind::kCastE5M2};
 const ElementType kTypes[] = {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16};
 
 int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
@@ -48,24 +52,31 @@ struct Case {
 Case random_case(Random& random) {
   // Mostly sparse packets, of which more can be wrong than of the others.
   Kind kind = kKinds[random() % 4 != 0 ? random() % 3 : random() % std::size(kKinds)];
-  Case made{{kind, 32 * (1 + below(random, 4)), false, false}, kTypes[random() % 3], {}, 0};
+  bool is_integer = kind == Kind::kInt2 || kind == Kind::kInt4 || kind == Kind::kInt8;
+  Format format{kind, 32 * (1 + below(random, 4)), is_integer && random() % 2 == 0, random() % 2 == 0};
+  Case made{format, kTypes[random() % 3], {}, 0};
+  // One packet, which is what can be reduced, or several: cut evenly, or of whole segments.
+  int64_t packet_count = random() % 4 != 0 ? 1 : 2 + below(random, 2);
+  std::optional<std::vector<int64_t>> packet_of;
+  if (random() % 2 == 0) packet_of.emplace();
   std::vector<int64_t> offsets, lengths;
   for (int64_t count = 1 + below(random, 3); count > 0; --count) {
     int64_t length = below(random, 300);
-    if (random() % 64 == 0) length = 65000 + below(random, 1500);
+    if (random() % 64 == 0) length = 65000 + below(random, 1500);  // words that skip, and work for several threads
     offsets.push_back(made.extent + below(random, 3));
     lengths.push_back(length);
     made.extent = offsets.back() + length;
+    if (packet_of) packet_of->push_back(below(random, packet_count));
   }
+  if (packet_of) std::sort(packet_of->begin(), packet_of->end());
   int64_t denominator = 1 + below(random, 400);
-  made.tables = build_layout(offsets, lengths, std::nullopt, 1, made.format,
+  made.tables = build_layout(offsets, lengths, packet_of, packet_count, made.format,
                              {1 + below(random, denominator), denominator}, made.type);
   return made;
 }
 
 // Damages the packet; false if it was left as it is.
-bool damage(Random& random, const Case& made, uint8_t* packet) {
-  const Packet& row = made.tables.packets[0];
+bool damage(Random& random, const Case& made, const Packet& row, uint8_t* packet) {
   int64_t words = words_offset(made.format.kind, row.values);
   switch (random() % 8) {
     case 0: return false;
@@ -111,6 +122,29 @@ bool decodes(uint8_t* output, int64_t nbytes, uint64_t seed, Decode decode) {
   }
 }
 
+// Error feedback's memory; null every other time.
+struct Residual {
+  std::unique_ptr<float[]> values;
+  int64_t count;
+};
+
+Residual random_residual(Random& random, int64_t blocks) {
+  Residual residual{nullptr, kBlock * blocks};
+  if (random() % 2 == 0) return residual;
+  residual.values.reset(new float[size_t(residual.count)]);
+  for (int64_t i = 0; i < residual.count; ++i) {
+    uint32_t finite = uint32_t(random()) & 0xff7fffffu;  // no exponent of ones alone
+    memcpy(&residual.values[size_t(i)], &finite, sizeof finite);
+  }
+  return residual;
+}
+
+void expect_finite(const Residual& residual, uint64_t seed) {
+  for (int64_t i = 0; residual.values && i < residual.count; ++i) {
+    if (!std::isfinite(residual.values[size_t(i)])) fail("a residual is not finite", seed);
+  }
+}
+
 struct Counts { int64_t taken, refused; };
 
 void run_one(uint64_t seed, Counts& counts) {
@@ -118,51 +152,67 @@ void run_one(uint64_t seed, Counts& counts) {
   Case made = random_case(random);
   Layout layout = made.layout();
   Kind kind = made.format.kind;
-  const Packet& row = made.tables.packets[0];
-  int64_t output_nbytes = made.extent * element_bytes(made.type), ranks = 1 + below(random, 3);
-  int64_t scratch_nbytes = is_sparse(kind) ? cpu::sparse_scratch_nbytes(layout, ranks, 1) : 0;
-  // new[] of bytes is aligned to 16.
+  int threads = 1 + int(below(random, 3));
+  int64_t output_nbytes = made.extent * element_bytes(made.type);
+  int64_t ranks = layout.packet_count == 1 ? 1 + below(random, 3) : 1, packet_count = ranks * layout.packet_count;
+  int64_t scratch_nbytes = is_sparse(kind) ? cpu::sparse_scratch_nbytes(layout, ranks, threads) : 0;
+  // new[] of bytes is aligned to 16. Packets begin at any byte, with gaps between them; the last ends where the memory does.
   Bytes input = bytes(output_nbytes), output = bytes(output_nbytes), scratch = bytes(scratch_nbytes);
-  Bytes packets = bytes(ranks * row.nbytes), packet = bytes(row.nbytes);
-  for (int64_t i = 0; i < output_nbytes; ++i) input[size_t(i)] = uint8_t(random());
+  int64_t skip = below(random, 16), stride = below(random, 20);
+  int64_t last_nbytes = layout.packets[layout.packet_count - 1].nbytes, longest = last_nbytes;
+  for (const Packet& row : made.tables.packets) longest = std::max(longest, row.nbytes);
+  stride += longest;
+  Bytes memory = bytes(skip + (packet_count - 1) * stride + last_nbytes);
+  uint8_t* packets = memory.get() + skip;
 
   bool damaged = false;
   for (int64_t r = 0; r < ranks; ++r) {
-    uint8_t* to = packets.get() + r * row.nbytes;
-    cpu::encode({input.get(), made.type, nullptr, layout, made.format, seed, 0, to, row.nbytes, scratch.get()}, 1);
-    damaged |= damage(random, made, to);
+    for (int64_t i = 0; i < output_nbytes; ++i) input[size_t(i)] = uint8_t(random());
+    Residual residual = random_residual(random, layout.segments[layout.segment_count].origin);
+    cpu::encode({input.get(), made.type, residual.values.get(), layout, made.format, seed, 0, packets + r * stride,
+                 stride, scratch.get()},
+                threads);
+    expect_finite(residual, seed);
+  }
+  for (int64_t p = 0; p < packet_count; ++p) {
+    damaged |= damage(random, made, layout.packets[p % layout.packet_count], packets + p * stride);
   }
   auto expect = [&](bool taken) {
     ++(taken ? counts.taken : counts.refused);
     if (!taken && !damaged) fail("a packet was refused that is right", seed);
+    return taken;
   };
   expect(decodes(output.get(), output_nbytes, seed, [&] {
-    cpu::reduce({packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, output.get(), made.type, scratch.get()},
-                1);
-  }));
-  expect(decodes(output.get(), output_nbytes, seed, [&] {
-    cpu::decode({packets.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, 1);
+    cpu::decode({packets, stride, layout, made.format, output.get(), made.type, scratch.get()}, threads);
   }));
   if (is_sparse(kind)) {
     expect(decodes(output.get(), output_nbytes, seed, [&] {
-      cpu::clear({packets.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, made.type,
-                 1);
+      cpu::clear({packets, stride, layout, made.format, output.get(), made.type, scratch.get()}, made.type, threads);
     }));
   }
-  bool encoded = false;
-  try {
+  if (layout.packet_count > 1) return;
+  expect(decodes(output.get(), output_nbytes, seed, [&] {
+    cpu::reduce({packets, ranks, stride, 0.5f, layout, made.format, output.get(), made.type, scratch.get()}, threads);
+  }));
+  Residual residual = random_residual(random, layout.packets[0].blocks);
+  std::vector<float> before(residual.values.get(), residual.values ? residual.values.get() + residual.count : nullptr);
+  Bytes reduced = bytes(skip + last_nbytes);
+  uint8_t* packet = reduced.get() + skip;
+  bool encoded = expect(decodes(packet, last_nbytes, seed, [&] {
     cpu::reduce_encode(
-        {packets.get(), ranks, row.nbytes, 0.5f, layout, made.format, nullptr, seed, 0, packet.get(), scratch.get()},
-        made.type, 1);
-    encoded = true;
-  } catch (const std::invalid_argument&) {
-    if (!damaged) fail("packets were refused that are right", seed);
-  }
-  // What was made of whatever came in is right in form.
-  if (encoded && !decodes(output.get(), output_nbytes, seed, [&] {
-        cpu::decode({packet.get(), row.nbytes, layout, made.format, output.get(), made.type, scratch.get()}, 1);
-      })) {
-    fail("a packet was made that is not right", seed);
+        {packets, ranks, stride, 0.5f, layout, made.format, residual.values.get(), seed, 0, packet, scratch.get()},
+        made.type, threads);
+  }));
+  if (encoded) {
+    expect_finite(residual, seed);
+    // What was made of whatever came in is right in form.
+    if (!decodes(output.get(), output_nbytes, seed, [&] {
+          cpu::decode({packet, last_nbytes, layout, made.format, output.get(), made.type, scratch.get()}, threads);
+        })) {
+      fail("a packet was made that is not right", seed);
+    }
+  } else if (!before.empty() && memcmp(before.data(), residual.values.get(), before.size() * sizeof(float)) != 0) {
+    fail("a refused packet changed a residual", seed);
   }
 }
 

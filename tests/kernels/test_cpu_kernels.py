@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from kernels.equality import (
     check_reduce_encode,
     layout_of,
 )
-from kernels.native import CpuKernels, build_layout
+from kernels.native import SEGMENT_FIELDS, CpuKernels, build_layout
 from smallreduce import _C
 
 ISAS = _C.cpu_isas()
@@ -378,6 +379,7 @@ def test_packet_sizes(codec: str) -> None:
         dict(kind=32, hadamard=True), dict(kind=35), dict(kind=32, ratio_numerator=0),
         dict(kind=33, ratio_numerator=-1), dict(kind=34, ratio_numerator=2),
         dict(kind=32, ratio_denominator=10**9 + 1), dict(kind=32, lengths=[2**32]),
+        dict(kind=32, lengths=[2**33 - 32], packet_count=2, packet_of=[1]),
     ],
     ids=str,
 )  # fmt: skip
@@ -389,6 +391,14 @@ def test_impossible_layouts_are_refused(arguments: dict[str, Any]) -> None:
     _C.build_layout(*given.values())
     with pytest.raises(ValueError):
         _C.build_layout(*(given | arguments).values())
+
+
+def test_a_segment_of_more_elements_than_a_packet_takes() -> None:
+    """TopK limits what of a segment falls into one packet, not what is cut into several."""
+    layout = build_layout(_C, [(0, 2**33)], reference.topk(Fraction(1, 1000)), FP32, packets=3)
+    lengths = layout.segments[:-1, SEGMENT_FIELDS.index("length")]
+    assert len(lengths) == 3
+    assert lengths.sum() == 2**33
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -36,6 +36,8 @@ struct Flow {
   bool begun = true;
 };
 
+void lane_main();
+
 void change(Flow& from, Flow& to) {
   if (_setjmp(from.place) != 0) return;
   if (to.begun) _longjmp(to.place, 1);
@@ -43,6 +45,7 @@ void change(Flow& from, Flow& to) {
   setcontext(&to.beginning);
 }
 
+// Runs one warp's kernel after another's.
 struct Lane {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Flow flow;
@@ -50,9 +53,18 @@ struct Lane {
   unsigned mask;
   int argument;
   bool finished;
+
+  Lane() {
+    getcontext(&flow.beginning);
+    flow.beginning.uc_stack.ss_sp = stack.get();
+    flow.beginning.uc_stack.ss_size = kStackBytes;
+    flow.beginning.uc_link = nullptr;
+    makecontext(&flow.beginning, lane_main, 0);
+    flow.begun = false;
+  }
 };
 
-// One warp at a time, one launch at a time: a thread has its own.
+// One warp at a time, one launch at a time.
 struct Warp {
   Lane lanes[kLanes];
   Flow scheduler;
@@ -64,7 +76,7 @@ struct Warp {
   size_t scheduler_stack_bytes;
 };
 
-thread_local std::unique_ptr<Warp> warp;
+std::unique_ptr<Warp> warp;
 
 struct SharedMemory {
   void* memory;
@@ -102,12 +114,22 @@ void finish_switch(void* saved, const void** from, size_t* bytes) {
 #endif
 }
 
+// From a lane back to the scheduler, until the lane is resumed.
+void suspend(Lane& lane) {
+  void* saved = nullptr;
+  start_switch(&saved, warp->scheduler_stack, warp->scheduler_stack_bytes);
+  change(lane.flow, warp->scheduler);
+  finish_switch(saved, &warp->scheduler_stack, &warp->scheduler_stack_bytes);
+}
+
 void lane_main() {
   finish_switch(nullptr, &warp->scheduler_stack, &warp->scheduler_stack_bytes);
-  (*warp->kernel)();
-  warp->lanes[warp->running].finished = true;
-  start_switch(nullptr, warp->scheduler_stack, warp->scheduler_stack_bytes);
-  change(warp->lanes[warp->running].flow, warp->scheduler);
+  Lane& lane = warp->lanes[warp->running];
+  for (;;) {
+    (*warp->kernel)();
+    lane.finished = true;
+    suspend(lane);
+  }
 }
 
 void resume(int lane, unsigned first_thread) {
@@ -128,8 +150,10 @@ void resume(int lane, unsigned first_thread) {
     return "lane " + std::to_string(number) + " is at " + (at.finished ? "the end" : names[int(at.operation)]) + " (" +
            std::to_string(at.argument) + ")";
   };
-  throw std::logic_error("block " + std::to_string(blockIdx.x) + ": " + what + ": " + describe(0) + ", " +
-                         describe(lane));
+  std::string message =
+      "block " + std::to_string(blockIdx.x) + ": " + what + ": " + describe(0) + ", " + describe(lane);
+  warp.reset();  // its lanes stand in the midst of a kernel
+  throw std::logic_error(message);
 }
 
 void run_warp(unsigned first_thread, const std::function<void()>& kernel, std::mt19937_64& random) {
@@ -137,13 +161,6 @@ void run_warp(unsigned first_thread, const std::function<void()>& kernel, std::m
   for (Lane& lane : warp->lanes) {
     lane.finished = false;
     lane.argument = 0;
-    ucontext_t& beginning = lane.flow.beginning;
-    getcontext(&beginning);
-    beginning.uc_stack.ss_sp = lane.stack.get();
-    beginning.uc_stack.ss_size = kStackBytes;
-    beginning.uc_link = nullptr;
-    makecontext(&beginning, lane_main, 0);
-    lane.flow.begun = false;
   }
   int order[kLanes];
   std::iota(order, order + kLanes, 0);
@@ -173,10 +190,7 @@ const uint32_t* exchange(Operation operation, unsigned mask, int argument, uint3
   lane.mask = mask;
   lane.argument = argument;
   warp->brought[warp->running] = value;
-  void* saved = nullptr;
-  start_switch(&saved, warp->scheduler_stack, warp->scheduler_stack_bytes);
-  change(lane.flow, warp->scheduler);
-  finish_switch(saved, &warp->scheduler_stack, &warp->scheduler_stack_bytes);
+  suspend(lane);
   return warp->exchanged;
 }
 
