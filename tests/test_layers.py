@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # each other. `metrics` and `advise` stand beside the others and import from none.
 LAYERS = [
     ["_C"],
-    ["_native", "metrics", "advise"],
+    ["_native", "_blocks", "metrics", "advise"],
     ["_layout"],
     ["ops"],
     ["codecs"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import smallreduce as sr
 from smallreduce import ops
-from smallreduce._layout import Layout
+from smallreduce._layout import BLOCK, Layout
 from smallreduce.codecs import PacketCodec
 from smallreduce.collectives._engine import chunk_count, stage_seed
 
@@ -39,27 +41,42 @@ def dyadic(numel: int, rank: int, seed: int = 0) -> Tensor:
     return torch.randint(-63, 64, (numel,), generator=generator) * _SIXTEENTH
 
 
-def composed_all_reduce(everyones: list[Tensor], codec: PacketCodec, op: dist.ReduceOp.RedOpType, seed: int) -> Tensor:
-    """The all-reduce of every rank's flat tensor, by packets that are split among the ranks."""
+def composed_all_reduce(
+    everyones: list[Tensor],
+    codec: PacketCodec,
+    op: dist.ReduceOp.RedOpType,
+    seed: int,
+    segments: Sequence[tuple[int, int]] | None = None,
+    workers: Sequence[Tensor] | None = None,
+    servers: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """The all-reduce of every rank's flat tensor, by packets that are split among the ranks.
+
+    Args:
+        segments: None: the whole tensor. What lies between them is that of the first rank.
+        workers, servers: Residuals of each rank and of each packet, replaced; those of packets begin at zero.
+    """
     world, numel, dtype = len(everyones), everyones[0].numel(), everyones[0].dtype
-    chunks = chunk_count(numel, world, codec)
-    layout = Layout.build([(0, numel)], codec.format, dtype, packets=chunks * world)
+    segments = [(0, numel)] if segments is None else segments
+    chunks = chunk_count(sum(length for _, length in segments), world, codec)
+    layout = Layout.build(segments, codec.format, dtype, packets=chunks * world)
     stride = layout.stride
     sent = []
     for rank, x in enumerate(everyones):
         packets = torch.zeros(layout.packet_count, stride, dtype=torch.uint8)
-        ops.encode(x, layout, packets, seed=stage_seed(seed, 0, rank, 0))
+        ops.encode(x, layout, packets, None if workers is None else workers[rank], seed=stage_seed(seed, 0, rank, 0))
         sent.append(packets)
     reduced = torch.zeros(layout.packet_count, stride, dtype=torch.uint8)
     factor = 1 / world if op == dist.ReduceOp.AVG else 1.0
     for packet in range(layout.packet_count):
         owner = packet % world
         received = torch.stack([packets[packet] for packets in sent])
+        zeros = torch.zeros(BLOCK * layout.packet_blocks[packet])
         ops.reduce_encode(
             received, stride, world, factor, layout.select([packet]), reduced[packet],
-            seed=stage_seed(seed, 0, owner, 1),
+            None if servers is None else servers.setdefault(packet, zeros), seed=stage_seed(seed, 0, owner, 1),
         )  # fmt: skip
-    result = torch.empty(numel, dtype=dtype)
+    result = everyones[0].clone()
     ops.decode(reduced, layout, result)
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import unittest.mock
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from collectives.compose import inputs
 from collectives.test_all_reduce import DTYPES, equal_bits, gathered_equal
 from ranks import run
 from smallreduce import metrics
+from smallreduce._blocks import take
 from smallreduce.collectives import _block_reduce, channel_of, engine_for
 
 BACKEND = metrics.register_counting_backend()
@@ -59,8 +59,11 @@ def transcribed(codec: sr.RandomBlocks, n: int, seed: int, bucket: int, segment:
     return [i for block in sorted(blocks) for i in range(block * b, min((block + 1) * b, n))]
 
 
-def elements(spans: list[tuple[int, int]]) -> list[int]:
-    return [i for offset, length in spans for i in range(offset, offset + length)]
+def chosen_by(codec: sr.RandomBlocks, n: int, *numbers: int) -> list[int]:
+    blocks = codec.choose(n, *numbers)
+    elements = take([blocks], [torch.arange(n)])
+    assert elements.numel() == blocks.numel
+    return elements.tolist()
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -68,15 +71,11 @@ def test_chosen_are_those_of_the_text(codec: sr.RandomBlocks) -> None:
     for n in [0, 1, 2, 6, 7, 8, 33, 1000, 4097, 9000]:
         for step in range(12):
             numbers = (-5 - step, 1 << 8 | step, step % 3, step)
-            spans = codec.spans(n, codec.key(*numbers))
-            assert elements(spans) == transcribed(codec, n, *numbers)
-            # As few slices as can be: none is empty, and between any two there is something.
-            assert all(length > 0 for _, length in spans)
-            assert all(a + length < b for (a, length), (b, _) in itertools.pairwise(spans))
+            assert chosen_by(codec, n, *numbers) == transcribed(codec, n, *numbers)
 
 
 def test_every_element_is_chosen_equally_often() -> None:
-    keys = [sr.RandomBlocks.key(7, 3, 0, step) for step in range(4000)]
+    steps = 4000
     for codec, n, share in (
         (sr.RandomBlocks(0.1), 100, 1 / 10),
         (sr.RandomBlocks(0.3), 100, 1 / 4),  # blocks of 30, 30, 30 and 10
@@ -84,23 +83,23 @@ def test_every_element_is_chosen_equally_often() -> None:
         (sr.RandomBlocks(0.5, block=4), 48, 6 / 12),  # steps of 1, 5, 7 and 11 blocks
     ):
         counts = torch.zeros(n)
-        for key in keys:
-            counts[elements(codec.spans(n, key))] += 1
+        for step in range(steps):
+            counts[chosen_by(codec, n, 7, 3, 0, step)] += 1
         # Binomial if the keys are as good as random: 6 standard deviations are passed once in 5e8 elements.
-        expected = len(keys) * share
+        expected = steps * share
         assert (counts - expected).abs().max() < 6 * math.sqrt(expected * (1 - share))
 
 
 def test_steps_segments_buckets_and_seeds_choose_afresh() -> None:
     codec = sr.RandomBlocks(0.01)
     chosen = [
-        tuple(codec.spans(1 << 20, codec.key(*numbers)))
+        codec.choose(1 << 20, *numbers).offset
         for base in range(50)
         for numbers in ((base, 0, 0, 0), (0, base + 1, 0, 0), (0, 0, base + 1, 0), (0, 0, 0, base + 1))
     ]
     # Of 100 blocks; 200 drawn at random leave 100 * 0.99 ** 200 = 13 out, give or take 3.
     assert 70 < len(set(chosen)) <= 100
-    assert codec.key(-1, 0, 0, 0) == codec.key((1 << 64) - 1, 0, 0, 0)
+    assert codec.choose(1 << 20, -1, 0, 0, 0).offset == codec.choose(1 << 20, (1 << 64) - 1, 0, 0, 0).offset
 
 
 def test_impossible_blocks() -> None:
@@ -110,7 +109,8 @@ def test_impossible_blocks() -> None:
         (lambda: sr.RandomBlocks("0.1"), TypeError, "got str"),  # type: ignore[arg-type]
         (lambda: sr.RandomBlocks(0.1, block=0), ValueError, "at least 1, got 0"),
         (lambda: sr.RandomBlocks(0.1, block=2.0), TypeError, "got float"),  # type: ignore[arg-type]
-        (lambda: sr.RandomBlocks(0.1).spans(-1, 0), ValueError, "negative"),
+        (lambda: sr.RandomBlocks(0.1).choose(-1, 0, 0, 0, 0), ValueError, "negative"),
+        (lambda: sr.RandomBlocks(0.1, block=1).choose(1 << 31, 0, 0, 0, 0), ValueError, "fewer than 2\\^31"),
     ):
         with pytest.raises(error, match=message):
             make()

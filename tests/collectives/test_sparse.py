@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import unittest.mock
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -38,7 +39,9 @@ def test_the_rule() -> None:
     for nbytes in (16, 1 << 40):
         assert all(gathers(nbytes, world) for world in range(2, _engine_for.GATHER_RANKS + 1))
     for world in (5, 8, 1000):
-        most = _engine_for.GATHER_NBYTES // (world - 1)
+        # What is sent when packets are gathered, less what is sent when they are split.
+        more = (world - 1) - Fraction(2 * (world - 1), world)
+        most = int(_engine_for.GATHER_NBYTES / more)
         assert gathers(most, world)
         assert not gathers(most + 1, world)
 
@@ -60,10 +63,10 @@ def _which_engine(rank: int, world: int) -> None:
     ]
     # The rule is asked about the packet of all segments: 500 + 4 values and 500 + 4 + 2 words.
     nbytes = 16 + 4 * 504 + 1024
-    with unittest.mock.patch.object(_engine_for, "GATHER_RANKS", 1):
-        for limit, expected in ((nbytes, GatherReduce), (nbytes - 1, AllReduce)):
-            with unittest.mock.patch.object(_engine_for, "GATHER_NBYTES", limit):
-                assert kind("topk:0.1") is expected
+    for answer, expected in ((True, GatherReduce), (False, AllReduce)):
+        with unittest.mock.patch.object(_engine_for, "gathers", return_value=answer) as asked:
+            assert kind("topk:0.1") is expected
+        asked.assert_called_once_with(nbytes, world)
 
 
 def test_the_codec_and_the_rule_choose_the_engine() -> None:
@@ -83,7 +86,7 @@ def _matches_composition(rank: int, world: int, name: str) -> None:
                     expected = composed_gather(everyones, codec, op)
                 else:
                     expected = composed_all_reduce(everyones, codec, op, seed=0)
-                assert torch.equal(x, expected), (spelling, numel, dtype, op)
+                assert equal_bits(x, expected), (spelling, numel, dtype, op)
 
 
 def _gathered(rank: int, world: int) -> None:
@@ -100,7 +103,7 @@ def _split(rank: int, world: int) -> None:
         everyones = inputs(5000, world, torch.float32)
         x = everyones[rank].clone()
         sr.all_reduce(x, codec)
-        assert torch.equal(x, composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=0))
+        assert equal_bits(x, composed_all_reduce(everyones, codec, dist.ReduceOp.AVG, seed=0))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -121,24 +124,41 @@ def _segments(rank: int, world: int, name: str) -> None:
     codec = sr.TopK(0.01)
     with form(name):
         engine = engine_for(segments, codec, torch.float32, channel_of(None, CPU))
-    everyones = inputs(6000, world, torch.float32)
     worker, server = torch.zeros(engine.worker_numel), torch.zeros(engine.server_numel)
+    workers = [torch.zeros(engine.worker_numel) for _ in range(world)]
+    servers: dict[int, torch.Tensor] = {}
     outside = torch.ones(6000, dtype=torch.bool)
     for offset, length in segments:
         outside[offset : offset + length] = False
-    for _ in range(2):
+    for step in range(3):
+        everyones = inputs(6000, world, torch.float32, seed=step)
         buffer = everyones[rank].clone()
-        before = worker.clone()
         engine.launch(buffer, dist.ReduceOp.SUM, worker, server).wait()
-        assert torch.equal(buffer[outside], everyones[rank][outside])
-        block = 0
-        for offset, length in segments:
-            owed = before[32 * block :][:length] + everyones[rank][offset:][:length]
-            chosen = worker[32 * block :][:length] != owed
-            if name == "gather":
-                assert int(chosen.sum()) == codec.kept(length)
-            assert torch.equal(worker[32 * block :][:length], torch.where(chosen, 0.0, owed))
-            block += -(-length // 32)
+        if name == "gather":
+            expected = _gathered_segments(everyones, codec, segments, workers)
+        else:
+            expected = composed_all_reduce(everyones, codec, dist.ReduceOp.SUM, 0, segments, workers, servers)
+        expected[outside] = everyones[rank][outside]
+        assert equal_bits(buffer, expected)
+        assert equal_bits(worker, workers[rank])
+        mine = [servers[packet] for packet in sorted(servers) if packet % world == rank]
+        assert equal_bits(server, torch.cat([torch.empty(0), *mine]))
+
+
+def _gathered_segments(
+    everyones: list[torch.Tensor], codec: sr.TopK, segments: list[tuple[int, int]], workers: list[torch.Tensor]
+) -> torch.Tensor:
+    """Each segment gathered as a tensor of its own, with what is owed to it added before; replaces what is owed."""
+    result = torch.empty_like(everyones[0])
+    block = 0
+    for offset, length in segments:
+        owed = [worker[32 * block :][:length] for worker in workers]
+        torch._foreach_add_(owed, [x[offset:][:length] for x in everyones])
+        result[offset:][:length] = composed_gather(owed, codec, dist.ReduceOp.SUM)
+        for rest in owed:
+            rest.sub_(sr.decode(sr.encode(rest, codec), codec, length, torch.float32))
+        block += -(-length // 32)
+    return result
 
 
 @pytest.mark.parametrize("name", ["gather", "split"])
@@ -154,16 +174,16 @@ def _shapes(rank: int, world: int) -> None:
     wide = torch.full((60, 20), 5.0)
     wide[:, ::2] = everyones[rank].view(60, 10)
     sr.all_reduce(wide[:, ::2], codec)
-    assert torch.equal(wide[:, ::2].reshape(-1), expected)
-    assert torch.equal(wide[:, 1::2], torch.full((60, 10), 5.0))
+    assert equal_bits(wide[:, ::2].reshape(-1), expected)
+    assert equal_bits(wide[:, 1::2], torch.full((60, 10), 5.0))
     leaf = torch.nn.Parameter(everyones[rank].clone().view(2, 3, 100))
     sr.all_reduce(leaf, "topk:0.1")
-    assert torch.equal(leaf.detach().view(-1), expected)
+    assert equal_bits(leaf.detach().view(-1), expected)
     for mode in (True, False):
         with torch.inference_mode(mode):
             x = everyones[rank].clone()
             sr.all_reduce(x, codec)
-            assert torch.equal(x, expected)
+            assert equal_bits(x, expected)
 
 
 def test_shapes() -> None:

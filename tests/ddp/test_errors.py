@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import time
 import warnings
 from typing import Any
@@ -38,12 +39,19 @@ def _refused(rank: int, world: int) -> None:
     for kind, match, options in wrong:
         with pytest.raises(kind, match=match):
             sr.ddp.register(ddp, **{"codec": "int4", **options})
+        # One rank alone: the others are told.
+        alone = rank == world - 1
+        with pytest.raises(kind if alone else RuntimeError, match=match):
+            sr.ddp.register(ddp, **{"codec": "int4", **(options if alone else {})})
     with pytest.raises(TypeError, match="float64"):
         sr.ddp.register(wrap(mlp().double()), "int4", codec_for=lambda name, parameter: "int4")
     # None of this is in the way of what is right.
     state = sr.ddp.register(ddp, "int4")
     loss_of(ddp, rank, 0).backward()
     assert state.calls == 1
+    for pickled in (state, ddp):
+        with pytest.raises(TypeError, match=r"HookState cannot be pickled.*state_dict\(\)"):
+            pickle.dumps(pickled)
 
     sparse = wrap(nn.Embedding(10, 4, sparse=True))
     sr.ddp.register(sparse, "int4")

@@ -53,9 +53,10 @@ def _trains(rank: int, world: int) -> list[list[float]]:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_replicas_stay_identical_and_learn(world: int) -> None:
     losses = torch.tensor(run(_trains, world)).mean(0)
-    learnt = losses[:, :10].mean(1) - losses[:, -10:].mean(1)
-    # Compression delays a correction by some ten steps here, but loses nothing.
-    assert (learnt[1:] > 0.85 * learnt[0]).all()
+    plain, *compressed = losses.view(len(losses), 4, 10).mean(2)
+    # At least a tenth of the elements travels in each step and nothing is lost, so a correction comes some ten steps
+    # late: the last ten steps are no worse than the ten before without compression.
+    assert all(of_codec[3] < plain[2] for of_codec in compressed)
 
 
 def _telescopes(rank: int, world: int, codec: str, name: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp.training import Given, dyadic, wrap
 from optim.dgc_reference import DGCReference
+from smallreduce.collectives import _engine_for
 
 SHAPES = ((33, 9), (40,), (128, 5), (7, 1), (257, 3), (5,), (64, 64))
 # Not the order in which DDP assumes gradients to come when it first makes its buckets, so it rebuilds them.
@@ -51,3 +54,12 @@ def same_weights(ddp: DistributedDataParallel, weights: Sequence[np.ndarray[Any,
         np.array_equal(parameter.detach().numpy(), weight)
         for parameter, weight in zip(ddp.module.parameters(), weights, strict=True)
     )
+
+
+@contextlib.contextmanager
+def selecting_twice(wanted: bool = True) -> Iterator[None]:
+    """Packets are split among the ranks, however small, and what is left of a sum is selected from it once more."""
+    with pytest.MonkeyPatch.context() as patched:
+        if wanted:
+            patched.setattr(_engine_for, "gathers", lambda packet_nbytes, world_size: False)
+        yield

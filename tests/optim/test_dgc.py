@@ -15,9 +15,17 @@ from torch import nn
 
 import smallreduce as sr
 from ddp.training import Given, dyadic, equal, same_on_all_ranks, wrap
-from optim.dgc_training import SHAPES, advance_reference, given_ddp, given_gradients, reference_for, same_weights
+from optim.dgc_training import (
+    SHAPES,
+    advance_reference,
+    given_ddp,
+    given_gradients,
+    reference_for,
+    same_weights,
+    selecting_twice,
+)
 from ranks import run
-from smallreduce.collectives import _engine_for
+from smallreduce.collectives import _engine, _engine_for
 
 
 def _trajectory(rank: int, world: int, options: dict[str, Any]) -> None:
@@ -174,11 +182,8 @@ def _owed(optimizer: sr.optim.DGC, world: int) -> dict[str, torch.Tensor]:
 def _telescopes(rank: int, world: int) -> None:
     """The first stages select twice, with a residual of the server, the last sends packets that are small enough to be
     gathered: what has gone in has come out or is owed, exactly."""
-    patched = pytest.MonkeyPatch()
-    patched.setattr(_engine_for, "GATHER_RANKS", 1)
-    patched.setattr(_engine_for, "GATHER_NBYTES", 300)
-    with contextlib.closing(contextlib.ExitStack()) as stack:
-        stack.callback(patched.undo)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_engine_for, "gathers", lambda packet_nbytes, world_size: packet_nbytes <= 300)
         ddp = given_ddp()
         warmup = ((2, 0.5), (2, 0.25))
         optimizer = sr.optim.DGC(ddp, lr=0.5, momentum=0.5, ratio=0.01, warmup=warmup, momentum_masking=False)
@@ -213,6 +218,127 @@ def _telescopes(rank: int, world: int) -> None:
 
 def test_nothing_is_lost_between_stages_and_forms_of_the_collective() -> None:
     run(_telescopes, 2)
+
+
+def _narrow(rank: int, world: int, values: torch.dtype) -> None:
+    """Values of 16 bits on the wire: what they round away is owed. The sums of dyadic gradients are exact."""
+    ddp = given_ddp()
+    optimizer = sr.optim.DGC(ddp, lr=0.5, momentum=0.5, ratio=0.05, values=values, momentum_masking=False)
+    weights = dict(ddp.module.named_parameters())
+    went_in = {name: torch.zeros(p.numel(), dtype=torch.float64) for name, p in weights.items()}
+    came_out = {name: torch.zeros_like(total) for name, total in went_in.items()}
+    momenta = {name: torch.zeros_like(total) for name, total in went_in.items()}
+    for step in range(5):
+        optimizer.zero_grad()
+        gradients = given_gradients(step, rank, exact=True)
+        ddp(gradients).backward()
+        for (name, parameter), gradient in zip(weights.items(), gradients, strict=True):
+            mean = gradient.double().flatten() / world
+            dist.all_reduce(mean)
+            momenta[name] = 0.5 * momenta[name] + mean
+            went_in[name] += momenta[name]
+            assert parameter.grad is not None
+            came_out[name] += parameter.grad.double().flatten()
+        optimizer.step()
+        for name, owed in _owed(optimizer, world).items():
+            assert torch.equal(went_in[name], came_out[name] + owed), (step, name)
+    codecs = {codec for bucket in optimizer.stats().buckets for codec in bucket.codecs}
+    assert codecs == {sr.TopK(0.05, values).spelling} != {"topk:0.05"}
+
+
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.float16])
+def test_what_narrow_values_round_away_is_owed(values: torch.dtype) -> None:
+    run(_narrow, 2, values)
+
+
+def _masked(rank: int, world: int, chunk_numel: int) -> None:
+    """Where packets are split, in several chunks too, momentum is forgotten just where this rank's packet has taken an
+    element; nowhere else has it or the velocity another bit than the paper's formula gives."""
+    with selecting_twice(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_engine, "CHUNK_NUMEL", chunk_numel)
+        ddp = given_ddp()
+        optimizer = sr.optim.DGC(ddp, lr=0.5, momentum=0.5, ratio=0.05)
+        u: dict[str, torch.Tensor] = {}
+        v: dict[str, torch.Tensor] = {}
+        sent = 0
+        for step in range(5):
+            optimizer.zero_grad()
+            gradients = given_gradients(step, rank)
+            ddp(gradients).backward()
+            optimizer.step()
+            for name, saved in optimizer.state_dict()["compression"]["parameters"].items():
+                gradient = gradients[int(name.split(".")[1])].flatten()
+                momentum = 0.5 * u.get(name, torch.zeros_like(gradient)) + gradient
+                velocity = v.get(name, torch.zeros_like(gradient)) + momentum
+                taken = saved["worker"] == 0
+                u[name], v[name] = momentum.masked_fill(taken, 0.0), velocity.masked_fill(taken, 0.0)
+                assert torch.equal(saved["momentum"], u[name]) and torch.equal(saved["worker"], v[name])
+                sent += int(taken.sum())
+        parts = [part for plan in optimizer._hook_state._plans.values() for part in plan.parts]
+        assert sent and {type(part.engine) for part in parts} == {_engine.AllReduce}
+        assert (max(part.engine.chunks for part in parts) > 1) == (chunk_numel == 64)
+
+
+@pytest.mark.parametrize("chunk_numel", [1 << 22, 64])
+def test_momentum_is_masked_where_packets_are_split(chunk_numel: int) -> None:
+    run(_masked, 2, chunk_numel)
+
+
+def _clipped_in(rank: int, world: int, dtype: torch.dtype) -> None:
+    """Each rank's gradient, clipped on its own, in any dtype.
+
+    With u and u32 half a unit in the last place of ``dtype`` and of fp32, in which the norm is taken at least, and
+    clipped gradients of at most G: in a norm of n elements each square and each sum is rounded, and the root, (n + 2)
+    u32; the factor is a quotient, and rounded to fp32, (n + 4) u32; the product is rounded, u; it is multiplied by 1/W,
+    and W are added, (W + 1) u at most. So the mean is off by ((n + 4) u32 + (W + 2) u) G, and twice that is more than
+    the products of these errors make of it.
+    """
+    ddp = given_ddp(dtype)
+    optimizer = sr.optim.DGC(ddp, lr=1.0, ratio=1.0, momentum=0.0, clip_norm=1.0)
+    ddp([gradient.to(dtype) for gradient in given_gradients(0, rank)]).backward()
+    unit, unit32 = torch.finfo(dtype).eps / 2, 2.0**-24
+    for index, parameter in enumerate(ddp.parameters()):
+        clipped = []
+        for r in range(world):
+            gradient = given_gradients(0, r)[index].to(dtype).double()
+            clipped.append(gradient * min(1.0, float(world**0.5 / gradient.norm())))
+        largest = max(float(gradient.abs().max()) for gradient in clipped)
+        assert parameter.grad is not None
+        error = float((parameter.grad.double() - torch.stack(clipped).mean(0)).abs().max())
+        assert error <= 2 * ((parameter.numel() + 4) * unit32 + (world + 2) * unit) * largest
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_gradients_of_any_dtype_are_clipped(dtype: torch.dtype) -> None:
+    run(_clipped_in, 2, dtype)
+
+
+def _clips_infinity(rank: int, world: int) -> None:
+    """It reaches the scaler, which skips the step, and nothing that is kept."""
+    for index in (0, 1):  # a matrix, compressed, and a vector, dense
+        ddp = given_ddp()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+        optimizer = sr.optim.DGC(ddp, lr=0.25, momentum=0.5, ratio=0.001, clip_norm=1.0, scaler=scaler)
+        for step in range(6):
+            gradients = given_gradients(step, rank, exact=True)
+            if step == 3 and rank == 1:
+                gradients[index].view(-1)[0] = torch.inf
+            before = [p.detach().clone() for p in ddp.parameters()]
+            optimizer.zero_grad()
+            scaler.scale(ddp(gradients)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert equal(list(ddp.parameters()), before) == (step == 3)
+        assert scaler.get_scale() == 2.0**5
+        saved = optimizer.state_dict()["compression"]["parameters"].values()
+        kept = [of_parameter[key] for of_parameter in saved for key in ("worker", "momentum")]
+        assert all(bool(tensor.isfinite().all()) for tensor in [*kept, *ddp.parameters()])
+        assert same_on_all_ranks(list(ddp.parameters()))
+
+
+def test_an_infinite_gradient_is_not_clipped_away() -> None:
+    run(_clips_infinity, 2)
 
 
 def _scaled(rank: int, world: int, options: dict[str, Any], passes: int) -> None:

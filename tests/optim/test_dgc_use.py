@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import smallreduce as sr
 from ddp.training import Given, dyadic, equal, loss_of, mlp, same_on_all_ranks, wrap
 from optim.dgc_training import SHAPES, advance_reference, given_ddp, given_gradients, reference_for
 from ranks import run
+from smallreduce.optim import _dgc
 
 
 def _groups(rank: int, world: int) -> None:
@@ -118,6 +122,54 @@ def _grows(rank: int, world: int) -> None:
 
 def test_a_group_may_come_later() -> None:
     run(_grows, 2)
+
+
+def _unused_by_one(rank: int, world: int) -> None:
+    """What one rank alone does not use has a gradient of zero there."""
+    ends = []
+    for unused in (True, False):
+        ddp = given_ddp(find_unused_parameters=unused)
+        optimizer = sr.optim.DGC(ddp, lr=0.1, ratio=0.05, nesterov=True, weight_decay=0.1)
+        for step in range(6):
+            gradients: list[torch.Tensor | None] = [*given_gradients(step, rank, exact=True)]
+            if rank == 1 and step in (0, 2, 3):
+                for index in (0, 1, 4):
+                    gradients[index] = None if unused else torch.zeros(SHAPES[index])
+            optimizer.zero_grad()
+            ddp(gradients).backward()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in ddp.parameters()])
+    assert equal(*ends)
+
+
+def test_parameters_that_one_rank_did_not_use() -> None:
+    run(_unused_by_one, 2)
+
+
+def _batches(rank: int, world: int) -> None:
+    ends, batches = [], []
+    for numel in (_dgc._BATCH_NUMEL, 300):  # all in one batch, and in several
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(_dgc, "_BATCH_NUMEL", numel)
+            ddp = given_ddp()
+            optimizer = sr.optim.DGC(ddp, lr=0.1, ratio=0.05, nesterov=True, weight_decay=0.1)
+            batches.append([[p.numel() for p in batch] for batch in _dgc._batches(ddp.parameters())])
+            for step in range(3):
+                optimizer.zero_grad()
+                ddp(given_gradients(step, rank, exact=True)).backward()
+                optimizer.step()
+            ends.append([p.detach().clone() for p in ddp.parameters()])
+    assert equal(*ends)
+    sizes = [math.prod(shape) for shape in SHAPES]
+    together, apart = batches
+    assert together == [sizes]
+    # A batch ends with the parameter that fills it.
+    assert len(apart) > 1 and [numel for batch in apart for numel in batch] == sizes
+    assert all(sum(batch) >= 300 > sum(batch[:-1]) for batch in apart[:-1])
+
+
+def test_the_memory_of_a_step_is_bounded_and_changes_nothing() -> None:
+    run(_batches, 2)
 
 
 def _frozen(rank: int, world: int) -> None:
@@ -248,6 +300,109 @@ def _one_step_each(rank: int, world: int) -> None:
     assert optimizer.stats().uncompressed_steps == 3
 
 
+def _forgets(rank: int, world: int) -> None:
+    ddp = given_ddp()
+    optimizer = sr.optim.DGC(ddp, lr=0.1, ratio=0.03)
+
+    def backward(step: int) -> None:
+        optimizer.zero_grad()
+        ddp(given_gradients(step, rank)).backward()
+
+    optimizer.step()  # as with torch's, nothing without gradients
+    with ddp.no_sync():
+        backward(0)
+    with pytest.raises(RuntimeError, match="without a synchronised backward pass since the last one"):
+        optimizer.step()
+    ddp(given_gradients(1, rank)).backward()  # which reduces both
+    optimizer.step()
+    saved, weights = optimizer.state_dict(), [p.detach().clone() for p in ddp.parameters()]
+    with pytest.raises(RuntimeError, match="gradients are those of the step before"):
+        optimizer.step()
+    with ddp.no_sync():
+        backward(2)
+    with pytest.raises(RuntimeError, match=r"outside of ddp_model.no_sync\(\)"):
+        optimizer.step(lambda: 1.0)
+    backward(3)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="without a synchronised"):
+        optimizer.step()
+    assert equal(list(ddp.parameters()), weights)
+    backward(4)  # a step that is left out
+    optimizer.zero_grad()
+    optimizer.step()
+    assert equal(list(ddp.parameters()), weights)
+    backward(5)
+    optimizer.step()
+    assert not equal(list(ddp.parameters()), weights)
+
+
+def test_a_step_without_a_synchronised_pass_is_refused() -> None:
+    run(_forgets, 2)
+
+
+def _dense(rank: int, world: int) -> None:
+    """Means may be used again, as with torch's SGD."""
+    ours, theirs = mlp(), mlp()
+    ddp = wrap(ours)
+    optimizer = sr.optim.DGC(ddp, lr=0.5, ratio=1.0)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.5, momentum=0.9)
+    loss_of(ddp, 0, 0).backward()
+    loss_of(theirs, 0, 0).backward()
+    for _ in range(3):
+        optimizer.step()
+        sgd.step()
+    assert equal(list(ours.parameters()), list(theirs.parameters()))
+
+
+def test_a_gradient_may_be_used_again_on_one_rank() -> None:
+    run(_dense, 1)
+
+
+def _dense_but_not_reduced(rank: int, world: int) -> None:
+    ddp = wrap(mlp())
+    optimizer = sr.optim.DGC(ddp, lr=0.5, ratio=1.0)
+    loss_of(ddp, rank, 0).backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in ddp.parameters()]
+    optimizer.zero_grad()
+    with ddp.no_sync():
+        loss_of(ddp, rank, 1).backward()
+    with pytest.raises(RuntimeError, match="without a synchronised backward pass"):
+        optimizer.step()
+    assert equal(list(ddp.parameters()), before)
+
+
+def test_dense_gradients_of_one_rank_are_no_step() -> None:
+    run(_dense_but_not_reduced, 2)
+
+
+def _copied(rank: int, world: int) -> None:
+    ddp = given_ddp()
+    optimizer = sr.optim.DGC(ddp, lr=0.1)
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"DGC cannot be copied or pickled.*state_dict\(\)"):
+            copied(optimizer)
+    assert copy.deepcopy(ddp).module.weights[0] is not ddp.module.weights[0]
+
+
+def test_a_copy_that_would_not_work_is_refused() -> None:
+    run(_copied, 2)
+
+
+def _densifies(rank: int, world: int) -> None:
+    ddp = given_ddp()
+    optimizer = sr.optim.DGC(ddp, lr=0.1, ratio=0.03)
+    ddp(given_gradients(0, rank)).backward()
+    optimizer.step()
+    optimizer.param_groups[0]["ratio"] = 1.0
+    with pytest.raises(ValueError, match=r"has been compressed and is now to be dense.*keeps a ratio below 1"):
+        ddp(given_gradients(1, rank)).backward()
+
+
+def test_what_was_compressed_stays_so() -> None:
+    run(_densifies, 2)
+
+
 def _gone(rank: int, world: int) -> None:
     ddp = given_ddp()
     sr.optim.DGC(ddp, lr=0.1)
@@ -297,6 +452,7 @@ def _bad_input(rank: int, world: int) -> None:
         ({"lr": torch.zeros(2)}, ValueError, r"lr must be one number, got a tensor of shape \(2,\)"),
         ({"momentum": 1.0}, ValueError, "momentum must be from 0 to less than 1, got 1.0"),
         ({"momentum": 0.0, "nesterov": True}, ValueError, "Nesterov's momentum needs"),
+        ({"nesterov": 1}, TypeError, "nesterov must be a bool, got int"),
         ({"weight_decay": float("nan")}, ValueError, "weight_decay must be from 0 .*got nan"),
         ({"ratio": 0.0}, ValueError, "ratio must be from 1e-9 to 1, got 0.0"),
         ({"ratio": "1"}, TypeError, "ratio must be a float, got str"),

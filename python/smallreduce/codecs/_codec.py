@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from abc import ABC, abstractmethod
 from fractions import Fraction
@@ -46,6 +47,11 @@ def fraction_of(ratio: float) -> Fraction:
         raise TypeError(f"ratio must be a float, got {type(ratio).__name__}")
     if not 1e-9 <= ratio <= 1:
         raise ValueError(f"ratio must be from 1e-9 to 1, got {ratio}")
+    return _nearest_fraction(float(ratio))
+
+
+@functools.lru_cache(maxsize=256)
+def _nearest_fraction(ratio: float) -> Fraction:
     return Fraction(str(ratio)).limit_denominator(10**9)
 
 

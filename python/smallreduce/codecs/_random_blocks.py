@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from smallreduce._blocks import Blocks
 from smallreduce._native import native
 from smallreduce.codecs._codec import Codec, as_int, check_numel, fraction_of
 
 __all__ = ["RandomBlocks"]
+
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -40,40 +45,51 @@ class RandomBlocks(Codec):
             if self.block < 1:
                 raise ValueError(f"block must be at least 1, got {self.block}")
 
-    @staticmethod
-    def key(seed: int, bucket: int, segment: int, step: int) -> int:
-        """64 bits that choose the blocks of one segment in one step; every rank must give the same four integers."""
-        mask = (1 << 64) - 1
-        bucket_key = native.mix64(native.mix64(seed & mask) ^ (bucket & mask))
-        return native.mix64(native.mix64(bucket_key ^ (segment & mask)) ^ native.mix64(step & mask))
+    def count(self, numel: int) -> int:
+        """The number of blocks of ``numel`` elements.
 
-    def spans(self, numel: int, key: int) -> list[tuple[int, int]]:
-        """``(offset, length)`` of what a key chooses of ``numel`` elements: ascending, neighbours made one.
-
-        Every element is chosen by the same share of all keys: 1/B of them with ``block`` None, of B blocks of
-        ``ceil(ratio * numel)`` elements; else ``ceil(ratio * B) / B``, of B blocks of ``block`` elements. The last
-        block of a tensor may be shorter.
+        Raises:
+            TypeError, ValueError: ``numel`` is no number of elements, or that of its blocks is 2^31 or more.
         """
-        if check_numel(numel) == 0:
-            return []
+        size = self.block or max(1, math.ceil(fraction_of(self.ratio) * check_numel(numel)))
+        count = -(-check_numel(numel) // size)
+        if count >= 1 << 31:
+            raise ValueError(f"{numel} elements in blocks of {size} are {count}, expected fewer than 2^31")
+        return count
+
+    def choose(
+        self, numel: int, seed: int, bucket: int, segment: int, step: int, device: torch.device | str = "cpu"
+    ) -> Blocks:
+        """What travels of one segment of ``numel`` elements, on tensors of ``device``, in one step.
+
+        Every rank must give the same integers. Every element is chosen by the same share of all seeds: 1/B of them
+        with ``block`` None, of B blocks of ``ceil(ratio * numel)`` elements; else ``ceil(ratio * B) / B``, of B blocks
+        of ``block`` elements. The last block of a segment may be shorter.
+
+        Raises:
+            TypeError, ValueError: As :meth:`count`.
+        """
+        count = self.count(numel)
+        if count == 0:
+            return Blocks.one_slice(0, 0, device)
         ratio = fraction_of(self.ratio)
         size = self.block or math.ceil(ratio * numel)
-        blocks = -(-numel // size)
-        chosen = 1 if self.block is None else math.ceil(ratio * blocks)
+        chosen = 1 if self.block is None else math.ceil(ratio * count)
+        key = _key(seed, bucket, segment, step)
         # Steps that are coprime to the number of blocks come to each of them once before any twice.
-        first = native.mix64(key ^ 1) % blocks
-        stride = 1 + native.mix64(key ^ 2) % blocks
-        while math.gcd(stride, blocks) != 1:
-            stride = stride % blocks + 1
-        spans: list[tuple[int, int]] = []
-        for block in sorted((first + number * stride) % blocks for number in range(chosen)):
-            offset = block * size
-            length = min(size, numel - offset)
-            if spans and sum(spans[-1]) == offset:
-                offset, before = spans.pop()
-                length += before
-            spans.append((offset, length))
-        return spans
+        first = native.mix64(key ^ 1) % count
+        stride = 1 + native.mix64(key ^ 2) % count
+        while math.gcd(stride, count) != 1:
+            stride = stride % count + 1
+        if chosen in (1, count):
+            offset = first * size if chosen == 1 else 0
+            return Blocks.one_slice(offset, min(chosen * size, numel - offset), device)
+        rows = ((first + stride * torch.arange(chosen, device=device)) % count).sort().values
+        whole, left = divmod(numel, size)
+        # A block of what is left is the last of all. Whether it is chosen is computed here: no device is waited for.
+        if left and (whole - first) * pow(stride, -1, count) % count < chosen:
+            return Blocks(size, rows[:-1], whole * size, left)
+        return Blocks(size, rows, 0, 0)
 
     @property
     def bits_per_element(self) -> float:
@@ -85,3 +101,8 @@ class RandomBlocks(Codec):
         return f"random-blocks:{self.ratio}{block}"
 
     __str__ = Codec.__str__
+
+
+def _key(seed: int, bucket: int, segment: int, step: int) -> int:
+    bucket_key = native.mix64(native.mix64(seed & _MASK) ^ (bucket & _MASK))
+    return native.mix64(native.mix64(bucket_key ^ (segment & _MASK)) ^ native.mix64(step & _MASK))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from smallreduce.collectives._channel import Channel, Disagreement
+from smallreduce.collectives._count import Count
 
-__all__ = ["Agreement", "agree", "refuse"]
+__all__ = ["Agreement", "agree", "prepare_or_refuse", "refuse"]
+
+T = TypeVar("T")
 
 _REFUSED = 0
 _TEXT_NBYTES = 512
@@ -82,15 +87,39 @@ class Agreement:
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def agree(channel: Channel, text: str) -> None:
-    """Compares ``text`` over the ranks of the group, which all call this.
+def agree(channel: Channel, header: str, lines: Sequence[str], count: Count) -> None:
+    """Compares a configuration over the group: the header, then all lines at once, and only if they differ one by one,
+    to show which.
 
     Raises:
         RuntimeError: It is not the same on all ranks; the message says which rank had what.
     """
-    Agreement(channel, text).check()
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+    for text in (f"{header}; {len(lines)} lines", f"digest of the lines {digest}"):
+        problem = Agreement(channel, text).wait()
+        count.collectives += 1
+        count.bytes_sent += Agreement.nbytes(channel.world_size)
+        if problem is not None:
+            break
+    else:
+        return
+    # What is wrong is the same on all ranks, so all go the same way from here.
+    if text.startswith("digest"):
+        for agreement in [Agreement(channel, line) for line in lines]:
+            agreement.check()
+    raise RuntimeError(problem)
 
 
 def refuse(channel: Channel, error: Exception) -> None:
     """Takes part in the others' agreement as the rank that cannot go on; the caller then raises ``error``."""
     Agreement(channel, f"{type(error).__name__}: {error}", refused=True).wait()
+
+
+def prepare_or_refuse(channel: Channel | None, prepare: Callable[[], T]) -> T:
+    """Runs what may fail on this rank alone; if it does, tells the others, which wait for this rank to agree."""
+    try:
+        return prepare()
+    except Exception as error:
+        if channel is not None:
+            refuse(channel, error)
+        raise

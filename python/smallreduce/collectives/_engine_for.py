@@ -16,21 +16,23 @@ from smallreduce.collectives._gather_reduce import GatherReduce
 __all__ = ["engine_for", "gathers"]
 
 GATHER_RANKS = 4
-"""Up to so many ranks, sparse packets are gathered whatever their size."""
+"""Up to so many ranks, sparse packets are gathered whatever their size: a rank sends W/2 times what it would send if
+they were split, at most twice as much, and nothing is selected a second time, which delays what it leaves behind."""
 
 GATHER_NBYTES = 1 << 17
-"""Among more, they are while a rank sends no more bytes than this: 1 ms on a link of 1 Gb/s. Neither number is
-measured; the reasoning is that a second exchange takes about as long."""
+"""Among more, they are while that sends no more than so many bytes beyond what splitting them does: 1 ms on a link of
+1 Gb/s, about what the second exchange and the second selection take there. A figure by reasoning, not by measurement;
+on a faster link both sides are smaller."""
 
 
 def gathers(packet_nbytes: int, world_size: int) -> bool:
-    """Whether sparse packets, one of ``packet_nbytes`` from each of ``world_size`` ranks, go whole to all ranks.
+    """Whether sparse packets, one of ``packet_nbytes`` (P) from each of ``world_size`` (W) ranks, go whole to all.
 
-    A rank sends ``(W - 1) * P`` bytes so, and about ``2 * (W - 1) / W * P`` where packets are split among the ranks,
-    which never comes to ``2 * P``. Splitting costs a second exchange, a second selection, and what that one leaves
-    behind. The same on all ranks.
+    A rank sends ``(W - 1) * P`` bytes so, and about ``2 * (W - 1) / W * P`` where packets are split among the ranks:
+    ``(W - 1) * (W - 2) / W * P`` fewer, nothing at two ranks. The same on all ranks.
     """
-    return world_size <= GATHER_RANKS or (world_size - 1) * packet_nbytes <= GATHER_NBYTES
+    more = (world_size - 1) * (world_size - 2) * packet_nbytes  # W times
+    return world_size <= GATHER_RANKS or more <= world_size * GATHER_NBYTES
 
 
 def engine_for(segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> BucketEngine:
@@ -44,6 +46,8 @@ def engine_for(segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.d
         return BlockReduce(segments, codec, dtype, channel)
     if not isinstance(codec, PacketCodec):
         raise TypeError(f"no all-reduce is known for the codec {codec}")
-    if codec.format.is_sparse and gathers(Layout.build(segments, codec.format, dtype).stride, channel.world_size):
-        return GatherReduce(segments, codec, dtype, channel)
+    if codec.format.is_sparse:
+        layout = Layout.build(segments, codec.format, dtype)
+        if gathers(layout.stride, channel.world_size):
+            return GatherReduce(layout, channel)
     return AllReduce(segments, codec, dtype, channel)

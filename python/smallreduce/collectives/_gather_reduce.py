@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from smallreduce import ops
 from smallreduce._layout import BLOCK, Layout
-from smallreduce.codecs import PacketCodec
 from smallreduce.collectives._channel import Channel, Exchange
 from smallreduce.collectives._engine import BucketEngine, stage_seed
 
@@ -23,21 +19,17 @@ class GatherReduce(BucketEngine):
     grows with the number of ranks.
 
     Args:
-        segments, codec, dtype, channel: As for :class:`AllReduce`.
-
-    Attributes:
         layout: The one packet of a rank.
+        channel: ``channel_of(group, device)``.
     """
 
-    def __init__(
-        self, segments: Sequence[tuple[int, int]], codec: PacketCodec, dtype: torch.dtype, channel: Channel
-    ) -> None:
-        self.layout = Layout.build(segments, codec.format, dtype)
-        super().__init__(channel, [self.layout.stride])
-        self.worker_numel = BLOCK * self.layout.blocks
+    def __init__(self, layout: Layout, channel: Channel) -> None:
+        self.layout = layout
+        super().__init__(channel, [layout.stride])
+        self.worker_numel = BLOCK * layout.blocks
         self.collectives = 1
         self.is_sparse = True
-        self.bytes_sent = (channel.world_size - 1) * self.layout.stride
+        self.bytes_sent = (channel.world_size - 1) * layout.stride
 
     @property
     def _mine(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from smallreduce._layout import BLOCK
 from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives._channel import Channel
+from smallreduce.collectives._count import Count
 from smallreduce.collectives._engine_for import engine_for
 from smallreduce.ddp._memory import Binding, blocks_of
 from smallreduce.ddp._policy import Choice
@@ -71,29 +72,6 @@ class Part:
     def measure_error(self, residual: torch.Tensor) -> None:
         """Takes the norm of the residual, once the engine has written it."""
         self.error_norm = torch.linalg.vector_norm(residual)
-
-
-@dataclass
-class Count:
-    """What was sent: collectives, payload bytes of this rank, and what plain DDP would have sent."""
-
-    collectives: int = 0
-    bytes_sent: int = 0
-    uncompressed_bytes: int = 0
-
-    def add(self, other: Count) -> None:
-        self.collectives += other.collectives
-        self.bytes_sent += other.bytes_sent
-        self.uncompressed_bytes += other.uncompressed_bytes
-
-    def add_all_reduce(self, tensor: torch.Tensor, world_size: int) -> None:
-        self.collectives += 1
-        self.bytes_sent += ring_bytes(tensor.numel() * tensor.element_size(), world_size)
-
-
-def ring_bytes(nbytes: int, world_size: int) -> int:
-    """What a rank sends in a ring all-reduce of ``nbytes``."""
-    return 2 * nbytes * (world_size - 1) // world_size
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 o
 from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce.codecs import Codec
+from smallreduce.collectives import Channel, channel_of, prepare_or_refuse
 from smallreduce.ddp._policy import CodecFor
 from smallreduce.ddp._state import HookState
 
@@ -62,22 +63,37 @@ def register(
         The state: ``stats()``, ``state_dict()``, ``load_state_dict()``.
 
     Raises:
-        RuntimeError: The ranks do not agree about any of this; on every rank.
+        RuntimeError: Another rank refused its arguments, or has others.
         ValueError, TypeError: Impossible values.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"ddp must be a DistributedDataParallel module, got {type(ddp).__name__}")
-    state = HookState(
-        codec,
-        module=ddp,
-        codec_for=codec_for,
-        feedback=feedback,
-        warmup_steps=warmup_steps,
-        scaler=scaler,
-        seed=seed,
-        measure_every=measure_every,
+    state = prepare_or_refuse(
+        channel_of_model(ddp),
+        lambda: HookState(
+            codec,
+            module=ddp,
+            codec_for=codec_for,
+            feedback=feedback,
+            warmup_steps=warmup_steps,
+            scaler=scaler,
+            seed=seed,
+            measure_every=measure_every,
+        ),
     )
-    ignored = ddp.parameters_to_ignore
-    state.agree([p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored])
+    state.agree(reduced_parameters(ddp))
     ddp.register_comm_hook(state, hook)
     return state
+
+
+def reduced_parameters(ddp: DistributedDataParallel) -> list[torch.Tensor]:
+    """Those whose gradients go through the hook, as far as is known before the first backward pass."""
+    ignored = ddp.parameters_to_ignore
+    return [p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored]
+
+
+def channel_of_model(ddp: DistributedDataParallel) -> Channel | None:
+    """On which the ranks of a model agree about its hook; None where there is nothing to agree about."""
+    group: dist.ProcessGroup = ddp.process_group
+    parameters = reduced_parameters(ddp)
+    return channel_of(group, parameters[0].device) if parameters and group.size() > 1 else None

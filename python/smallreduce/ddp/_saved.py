@@ -39,8 +39,11 @@ class Saved:
         }
 
     @staticmethod
-    def check(state_dict: object, rank: int, world_size: int, seed: int, with_momentum: bool) -> Saved:
+    def check(state_dict: object, rank: int, world_size: int, seed: int, with_momentum: bool, reshard: str) -> Saved:
         """Copies what :meth:`state_dict` gave on this rank.
+
+        Args:
+            reshard: What to do with a state of another world size.
 
         Raises:
             ValueError: It is of another rank, world size or seed, or is none at all.
@@ -58,7 +61,7 @@ class Saved:
         if mine != theirs:
             raise ValueError(
                 f"this state belongs to rank {theirs[0]} of {theirs[1]}, not to rank {rank} of {world_size}: save and "
-                "load one for each rank, in a group of the same size"
+                f"load one for each rank; {reshard}"
             )
         if state_dict["seed"] != seed:
             raise ValueError(f"this state has seed {state_dict['seed']}, but this HookState has {seed}")

@@ -12,9 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce.codecs import Codec, TopK
 from smallreduce.codecs import codec as parse_codec
-from smallreduce.collectives._channel import Channel, channel_of
-from smallreduce.ddp._agreement import agree, refusing
-from smallreduce.ddp._bucket import BucketPlan, Count, Part, Slot, plan_bucket, ring_bytes, slots_of
+from smallreduce.collectives import Channel, Count, agree, channel_of, prepare_or_refuse, ring_bytes
+from smallreduce.ddp._bucket import BucketPlan, Part, Slot, plan_bucket, slots_of
 from smallreduce.ddp._loss_scale import LossScale
 from smallreduce.ddp._memory import Binding, Residuals, bind
 from smallreduce.ddp._notice import warn_if_never_called
@@ -70,6 +69,7 @@ class HookState:
 
     _dtype: torch.dtype | None = None  # in which gradients are compressed; None: their own
     _with_momentum = False  # keep a momentum of this rank's gradients beside the residuals
+    _reshard = "load it in a group of the same size"  # what to do with a state of another world size
 
     def __init__(
         self,
@@ -140,6 +140,17 @@ class HookState:
     def __deepcopy__(self, memo: dict[int, Any]) -> HookState:
         """The state itself: a DDP module is copied with its hooks' states, but no hook is registered on the copy."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process group and the registration on a model are neither pickled nor copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled, since it belongs to a process group and to the model that its "
+            "hook is registered on: save its state_dict(), and the model's own instead of the DDP module"
+        )
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -314,7 +325,7 @@ class HookState:
             return known
 
         count = Count()
-        plan = refusing(
+        plan = prepare_or_refuse(
             channel, lambda: plan_bucket(bucket, form, self._slots(bucket, parameters), channel, self._dtype)
         )
         slots = plan.slots
@@ -420,7 +431,7 @@ class HookState:
                 lines.append(f"{name}: {parameter.dtype}, {self._line(parameter.numel(), choice)}")
             return lines
 
-        agree(channel, self._header(), refusing(channel, describe), self._retired)
+        agree(channel, self._header(), prepare_or_refuse(channel, describe), self._retired)
 
     def _header(self) -> str:
         return (
@@ -458,7 +469,7 @@ class HookState:
                 without ``module`` finds another model or codec out at its next step.
         """
         group = self._group()
-        saved = Saved.check(state_dict, group.rank(), group.size(), self._seed, self._with_momentum)
+        saved = Saved.check(state_dict, group.rank(), group.size(), self._seed, self._with_momentum, self._reshard)
         if saved.memory and not self._feedback:
             raise ValueError("this state has residuals, but feedback is off")
         self._check_names(saved.memory)

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.codecs import Codec, as_int
+from smallreduce.collectives import Count, agree, channel_of, prepare_or_refuse, ring_bytes
 from smallreduce.collectives._agreement import Agreement
-from smallreduce.collectives._channel import channel_of
-from smallreduce.ddp._agreement import agree, refusing
-from smallreduce.ddp._bucket import Count, ring_bytes
 from smallreduce.optim import _cser_state
 from smallreduce.optim._cser_arguments import check_group, check_model
 from smallreduce.optim._cser_exchange import mean_
@@ -111,6 +109,10 @@ class CSER(torch.optim.Optimizer):
         group = dist.group.WORLD if process_group is None else process_group
         if group is None:
             raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
+        if not isinstance(group, dist.ProcessGroup):
+            if group is dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError("this rank is not in process_group: only its ranks make the optimizer")
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         of_model = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
         self._device = of_model[0].device if of_model else torch.device("cpu")
         self._channel = channel_of(group, self._device) if group.size() > 1 else None
@@ -133,7 +135,7 @@ class CSER(torch.optim.Optimizer):
             defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
             super(CSER, self).__init__(of_model if params is None else params, defaults)
 
-        refusing(self._channel, prepare)
+        prepare_or_refuse(self._channel, prepare)
         buffers = list(model.buffers())
         self._agree([*of_model, *buffers])
         self._broadcast([*of_model, *buffers])
@@ -200,7 +202,7 @@ class CSER(torch.optim.Optimizer):
         if not self._constructed:
             prepare()  # the other ranks are told of all groups at once
             return
-        refusing(self._channel, prepare)
+        prepare_or_refuse(self._channel, prepare)
         parameters = self.param_groups[-1]["params"]
         try:
             self._agree(parameters)
@@ -219,11 +221,13 @@ class CSER(torch.optim.Optimizer):
         ]
         return [(number, parameters) for number, parameters in fresh if parameters]
 
+    @torch.no_grad()  # what the buckets hold has no history
     def _add(self, fresh: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
         for group, parameters in fresh:
             part = Part.build(len(self._parts), group, parameters, self._scheme, self._seed, self._channel)
             self._parts.append(part)
             self._members.update(map(id, parameters))
+        self._show_state()
 
     def _agree(self, tensors: Sequence[Tensor]) -> None:
         """Compares the configuration and what there is of these parameters and buffers over the ranks."""
@@ -372,6 +376,17 @@ class CSER(torch.optim.Optimizer):
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """It belongs to its model and to a process group, of which a copy would know nothing.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "CSER cannot be copied or pickled, since it belongs to its model and to a process group: save its "
+            "state_dict(), or load that into the CSER of another model"
+        )
+
     def _header(self) -> dict[str, object]:
         return {
             "format": _cser_state.FORMAT,
@@ -434,7 +449,7 @@ class CSER(torch.optim.Optimizer):
                         sync.restore(saved[name]["server"])
                 parts.append(part)
 
-        refusing(self._channel, prepare)
+        prepare_or_refuse(self._channel, prepare)
         if self._channel is not None:
             Agreement(self._channel, f"load a state of CSER after {state_dict['cser']['step']} steps").check()
             self._count.collectives += 1

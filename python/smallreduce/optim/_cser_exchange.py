@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from smallreduce._blocks import put, take
 from smallreduce.codecs import Codec, RandomBlocks
 from smallreduce.collectives._channel import Channel, Start
+from smallreduce.collectives._count import Count
 from smallreduce.collectives._engine_for import engine_for
-from smallreduce.ddp._bucket import Count
 
 __all__ = ["BlockAverage", "InFlight", "PartialSync", "mean_"]
 
@@ -102,18 +103,16 @@ class BlockAverage:
         # Row-major order: only a parameter of another memory format is copied.
         self._flat = [parameter.detach().contiguous().view(-1) for parameter in self._parameters]
         self._chosen = [
-            flat.narrow(0, offset, length)
+            codec.choose(flat.numel(), self._seed, self._number, index, step, self._channel.device)
             for index, flat in enumerate(self._flat)
-            for offset, length in codec.spans(flat.numel(), codec.key(self._seed, self._number, index, step))
         ]
-        self._mean = torch.cat([*self._chosen, torch.empty(0, device=self._channel.device)])
-        self._mean.mul_(1.0 / self._channel.world_size)
+        self._mean = take(self._chosen, self._flat).mul(1.0 / self._channel.world_size)
         count.add_all_reduce(self._mean, self._channel.world_size)
         return _sum(self._mean, self._channel)
 
     def finish(self) -> None:
         """Puts the average in its place."""
-        torch._foreach_copy_(self._chosen, list(self._mean.split([chosen.numel() for chosen in self._chosen])))
+        put(self._chosen, self._flat, self._mean)
         for parameter, flat in zip(self._parameters, self._flat, strict=True):
             if flat.data_ptr() != parameter.data_ptr():
                 parameter.copy_(flat.view(parameter.shape))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smallreduce.codecs import Codec
 from smallreduce.collectives._channel import Channel
-from smallreduce.ddp._bucket import Count
+from smallreduce.collectives._count import Count
 from smallreduce.optim._cser_bucket import Bucket
 from smallreduce.optim._cser_exchange import BlockAverage, InFlight, PartialSync
 from smallreduce.optim._cser_scheme import Scheme

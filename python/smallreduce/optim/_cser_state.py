@@ -131,7 +131,7 @@ def reshard(state_dicts: Sequence[Mapping[str, Any]], world_size: int) -> list[d
     merged = copy.deepcopy(dict(states[0]))
     for number, of_first in merged["state"].items():
         for name in of_first:
-            parts = [state["state"][number][name].double() for state in states]
+            parts = [state["state"][number][name].cpu().double() for state in states]
             of_first[name] = torch.stack(parts).mean(0)
     for place, bucket in enumerate(merged["cser"]["buckets"]):
         for name in SYNCS:
@@ -161,7 +161,7 @@ def _settle(
     owed = torch.zeros(sum(-(-size // BLOCK) for size in sizes), BLOCK, dtype=torch.float64)
     for sync in syncs:
         if sync is not None:
-            owed[sync["origins"]] += _original(sync["server"], sync["codec"]).double()
+            owed[sync["origins"].cpu()] += _original(sync["server"].cpu(), sync["codec"]).double()
     flat = owed.view(-1)
     offset = 0
     for number, size in zip(params, sizes, strict=True):

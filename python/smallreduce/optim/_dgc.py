@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -13,16 +13,17 @@ from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 o
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from smallreduce.codecs import TopK
-from smallreduce.codecs._codec import fraction_of
-from smallreduce.collectives import channel_of
+from smallreduce.codecs import TopK, fraction_of
+from smallreduce.collectives import prepare_or_refuse
 from smallreduce.ddp import Stats, hook
-from smallreduce.ddp._agreement import refusing
+from smallreduce.ddp._hook import channel_of_model, reduced_parameters
 from smallreduce.optim._dgc_hook import DGCState, advance
 from smallreduce.optim._dgc_reshard import reshard
 from smallreduce.optim._dgc_warmup import check_warmup
 
 __all__ = ["DGC"]
+
+_BATCH_NUMEL = 1 << 22  # in fp32 16 MB: a step takes up to three times as much while it lasts, or as a larger parameter
 
 
 class DGC(Optimizer):
@@ -40,8 +41,9 @@ class DGC(Optimizer):
 
     So momentum acts in the backward pass, while buckets are on their way, and each synchronised pass belongs to one
     :meth:`step`: gradients accumulate under ``ddp_model.no_sync()``, and a ``GradScaler``, which may skip a step, is
-    passed as ``scaler``. ``parameter.grad`` is sparse and of many passes: clip by ``clip_norm``, not by
-    ``clip_grad_norm_``.
+    passed as ``scaler``. A step that is left out otherwise (``zero_grad()`` and :meth:`step`, which then does nothing)
+    is lost for good: what its pass sent is no longer owed. ``parameter.grad`` is sparse and of many passes: clip by
+    ``clip_norm``, not by ``clip_grad_norm_``.
 
     Parameters of fewer than two dimensions, of dtypes that no codec takes, or at a ratio of 1 are dense: reduced
     exactly, with momentum acting on their mean, as in ``torch.optim.SGD``. At world size 1 all are. Weight decay is
@@ -57,7 +59,8 @@ class DGC(Optimizer):
         momentum: m, from 0 to less than 1.
         nesterov: Nesterov's momentum: ``u = m*(u + g)`` and ``v += u + g``.
         weight_decay: Added to the gradient, times the parameter.
-        ratio: The share of elements that a rank sends, from 1e-9 to 1: ``ceil(ratio * numel)`` of each parameter.
+        ratio: The share of elements that a rank sends, from 1e-9 to 1: ``ceil(ratio * numel)`` of each parameter; where
+            it is split among many ranks, of each part of it. A group that was compressed keeps a ratio below 1.
         warmup: Stages ``(steps, ratio)`` before that, of ratios that do not grow, as :func:`dgc_warmup` and
             :func:`dgc_geometric_warmup` make them. Steps are synchronised backward passes. While a stage's ratio is
             less than that of a group, the group's holds; stages of ratio 1 are dense.
@@ -122,15 +125,13 @@ class DGC(Optimizer):
                 scaler=scaler,
             )
 
-        group = ddp_model.process_group
-        device = next(parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad)
-        self._hook = refusing(channel_of(group, device) if group.size() > 1 else None, prepare)
+        self._hook = prepare_or_refuse(channel_of_model(ddp_model), prepare)
         self._ignored = {
             id(parameter)
             for name, parameter in ddp_model.module.named_parameters()
             if name in ddp_model.parameters_to_ignore
         }
-        self._hook.agree([p for p in ddp_model.module.parameters() if p.requires_grad and id(p) not in self._ignored])
+        self._hook.agree(reduced_parameters(ddp_model))
         ddp_model.register_comm_hook(self._hook, hook)
 
     @property
@@ -172,29 +173,44 @@ class DGC(Optimizer):
             closure: Computes the loss anew, backward pass included, and returns it.
 
         Raises:
-            RuntimeError: A gradient that the model has not reduced, since DDP knows its parameter as a frozen one.
+            RuntimeError: There are gradients, but no synchronised backward pass since the last step; or one that the
+                model has not reduced, since DDP knows its parameter as a frozen one. Nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._hook_state.end_step()
-        reduced = self._hook_state.reduced()
-        for group in self.param_groups:
-            self._update(group, reduced)
-        return loss
-
-    def _update(self, group: Mapping[str, Any], corrected: Mapping[int, bool]) -> None:
-        """One group's step. ``corrected``: the parameters, by id, whose gradients are reduced; momentum is in these."""
-        parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
-        for parameter in parameters:
-            if id(parameter) not in corrected and id(parameter) not in self._ignored:
+        by_group = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        reducible = [p for parameters in by_group for p in parameters if id(p) not in self._ignored]
+        state = self._hook_state
+        if reducible and not state.has_reduced:
+            raise RuntimeError(
+                "DGC.step() without a synchronised backward pass since the last one: the gradients are those of the "
+                "step before, or have not been reduced. The last of the passes whose gradients accumulate must be "
+                "outside of ddp_model.no_sync()"
+            )
+        corrected = state.reduced()
+        for parameter in reducible:
+            if id(parameter) not in corrected and not state.is_alone:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(parameter.shape)} has not been reduced: it did not "
                     "require one when DistributedDataParallel was made. Make model and optimizer anew"
                 )
+        state.end_step()
+        for group, parameters in zip(self.param_groups, by_group, strict=True):
+            lr = float(group["lr"])
+            for batch in _batches(parameters):
+                self._update(group, lr, batch, corrected)
+        return loss
+
+    def _update(
+        self, group: Mapping[str, Any], lr: float, parameters: list[Tensor], corrected: Mapping[int, bool]
+    ) -> None:
+        """A step of some parameters of a group.
+
+        Args:
+            corrected: The parameters, by id, whose gradients are reduced: whether momentum is in these.
+        """
         updates = [_wide(parameter.grad) for parameter in parameters if parameter.grad is not None]
         dense = [at for at, parameter in enumerate(parameters) if not corrected.get(id(parameter), False)]
         velocities = {}
@@ -209,9 +225,13 @@ class DGC(Optimizer):
                 updates[at] = update
         for at, velocity in velocities.items():
             updates[at] = updates[at] + velocity
+        # Each operation is rounded on its own: what adds and multiplies in one may or may not, by device and dtype.
         if group["weight_decay"]:
-            updates = list(torch._foreach_add(self._decay(group, parameters), updates))
-        torch._foreach_add_(parameters, torch._foreach_mul(updates, -float(group["lr"])))
+            steps = torch._foreach_add(self._decay(group, parameters), updates)
+            torch._foreach_mul_(steps, -lr)
+        else:
+            steps = torch._foreach_mul(updates, -lr)
+        torch._foreach_add_(parameters, steps)
 
     def _with_momentum(self, group: Mapping[str, Any], parameters: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         """What momentum makes of gradients that are means over the ranks."""
@@ -228,7 +248,8 @@ class DGC(Optimizer):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, decays)
         if group["nesterov"]:
-            return list(torch._foreach_add(decays, torch._foreach_mul(momenta, group["momentum"])))
+            torch._foreach_add_(decays, torch._foreach_mul(momenta, group["momentum"]))
+            return list(decays)
         return momenta
 
     def _buffers(self, name: str, parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -239,6 +260,17 @@ class DGC(Optimizer):
         return [self.state[parameter][name] for parameter in parameters]
 
     # ---- state ------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """It belongs to the communication hook of its model, of which a copy would know nothing.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "DGC cannot be copied or pickled, since it belongs to the communication hook of its model: save its "
+            "state_dict(), or load that into the DGC of another model"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be given back to the same rank of a group of the same size, or to :meth:`reshard`.
@@ -306,6 +338,20 @@ class DGC(Optimizer):
         return self._hook_state.stats()
 
 
+def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Cuts the parameters into batches, so that what is computed of one on the way stays small."""
+    batch: list[Tensor] = []
+    numel = 0
+    for parameter in parameters:
+        batch.append(parameter)
+        numel += parameter.numel()
+        if numel >= _BATCH_NUMEL:
+            yield batch
+            batch, numel = [], 0
+    if batch:
+        yield batch
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """In fp32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -326,6 +372,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     _check_number("lr", lr.item() if isinstance(lr, Tensor) else lr, 0.0)
     _check_number("momentum", options["momentum"], 0.0, 1.0)
     _check_number("weight_decay", options["weight_decay"], 0.0)
+    if not isinstance(options["nesterov"], bool):
+        raise TypeError(f"nesterov must be a bool, got {type(options['nesterov']).__name__}")
     if options["nesterov"] and not options["momentum"]:
         raise ValueError("Nesterov's momentum needs a momentum above 0, got 0")
     fraction_of(options["ratio"])

@@ -22,11 +22,13 @@ from smallreduce.codecs import TopK
 from smallreduce.collectives._channel import Channel
 from smallreduce.ddp import HookState
 from smallreduce.ddp._bucket import BucketPlan, Part
-from smallreduce.ddp._memory import Binding, blocks_of
+from smallreduce.ddp._memory import Binding, Residuals, blocks_of
 from smallreduce.ddp._policy import Choice, choose
 from smallreduce.optim._dgc_warmup import Warmup, ratio_at
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
     from smallreduce.optim._dgc import DGC
 
 __all__ = ["DGCState", "advance"]
@@ -56,6 +58,7 @@ class DGCState(HookState):
 
     _dtype = torch.float32  # momentum and velocity lose too much in 16 bits
     _with_momentum = True
+    _reshard = "DGC.reshard() makes those of one number of ranks into those of another"
 
     def __init__(
         self,
@@ -75,7 +78,9 @@ class DGCState(HookState):
         self._clip_norm = clip_norm
         self._momentum_masking = momentum_masking
         self._values = values
-        self._advanced = False  # momenta have been, since the optimizer's last step
+        # Since the optimizer's last step:
+        self._reduced = False  # gradients have been
+        self._advanced = False  # momenta have been
         self._stages: dict[int, Tensor] = {}
         self._group_of: dict[str, int] = {}
         self._ratios: tuple[float, ...] | None = None  # of the groups, for which the buckets are planned
@@ -93,9 +98,19 @@ class DGCState(HookState):
         }
         self._ratios = None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nothing to reduce: at world size 1."""
+        return self._alone()
+
+    @property
+    def has_reduced(self) -> bool:
+        """Whether there are gradients for a step: a synchronised backward pass since the last one, or none needed."""
+        return self._reduced or self.is_alone
+
     def end_step(self) -> None:
         """The optimizer uses the gradients of the last backward pass."""
-        self._advanced = False
+        self._reduced = self._advanced = False
 
     def reduced(self) -> dict[int, bool]:
         """The parameters, by id, whose gradients the last backward pass reduced: whether momentum is in them."""
@@ -116,6 +131,12 @@ class DGCState(HookState):
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """See :meth:`smallreduce.ddp.HookState.reduce`."""
+        future = super().reduce(bucket)
+        self._reduced = bucket.is_last()
+        return future
+
     def _begin_step(self) -> None:
         super()._begin_step()
         if self._advanced:
@@ -124,6 +145,7 @@ class DGCState(HookState):
                 "first. Accumulate gradients under ddp_model.no_sync(), and pass scaler= to DGC where a GradScaler may "
                 "skip a step"
             )
+        self._reduced = False
         ratios = tuple(self._ratio(group, self.step - 1) for group in self._options())
         if min(ratios) >= 1 and not self._alone():
             self._uncompressed_steps += 1
@@ -218,6 +240,19 @@ class DGCState(HookState):
             return Choice(None, "a ratio of 1")
         return choose(name, parameter, TopK(ratio, self._values), None, True)
 
+    @staticmethod
+    def _check_residuals(residuals: Residuals | None, name: str, numel: int, choice: Choice) -> None:
+        if residuals is not None and choice.codec is None:
+            raise ValueError(
+                f"{name} has been compressed and is now to be dense ({choice.reason}): with no codec, what the ranks "
+                "have held back of it would never be sent. A group that was compressed keeps a ratio below 1"
+            )
+        HookState._check_residuals(residuals, name, numel, choice)
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._stages.clear()
+
     def _bind(self, part: Part, device: torch.device, channel: Channel) -> Binding:
         new = {slot.name for slot in part.slots if slot.name not in self._memory}
         binding = super()._bind(part, device, channel)
@@ -248,7 +283,7 @@ class DGCState(HookState):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :meth:`smallreduce.ddp.HookState.load_state_dict`."""
         super().load_state_dict(state_dict)
-        self._advanced = False
+        self._reduced = self._advanced = False
 
 
 _AGREED = ("lr", "momentum", "nesterov", "weight_decay", "ratio")

@@ -72,7 +72,7 @@ def _of_rank(saved: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> 
     for old in saved:
         for (_, begin, end), values in zip(old["shards"], old["server"], strict=True):
             if values is not None:
-                server[BLOCK * begin : BLOCK * end] = values
+                server[BLOCK * begin : BLOCK * end] = values.cpu()
     velocity = _overlapped([old["worker"] for old in saved], rank, world_size) + server[: saved[0]["numel"]]
     momentum = _overlapped([old["momentum"] for old in saved], rank, world_size)
     return {
@@ -91,10 +91,10 @@ def _overlapped(values: Sequence[Tensor], rank: int, world_size: int) -> Tensor:
     On a line of length W * W' an old rank is W' long and a new one W.
     """
     old_size = len(values)
-    mean = torch.zeros_like(values[0], dtype=torch.float64)
+    mean = torch.zeros(values[0].shape, dtype=torch.float64)
     for old_rank, value in enumerate(values):
         begin = max(old_rank * world_size, rank * old_size)
         end = min((old_rank + 1) * world_size, (rank + 1) * old_size)
         if begin < end:
-            mean += value.double() * ((end - begin) / old_size)
+            mean += value.cpu().double() * ((end - begin) / old_size)
     return mean

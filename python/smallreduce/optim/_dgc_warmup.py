@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smallreduce.codecs._codec import as_int, fraction_of
+from smallreduce.codecs import as_int, fraction_of
 
 __all__ = ["Warmup", "check_warmup", "dgc_geometric_warmup", "dgc_warmup", "ratio_at"]
 
