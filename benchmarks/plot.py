@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 def load(folder: Path = RESULTS) -> dict[str, Document]:
     """All results, by the path of their file below the folder without its suffix, in order of these names."""
-    paths = sorted(folder.rglob("*.json"))
+    paths = sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("").parts)
     documents = {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text()) for path in paths}
     return {name: document for name, document in documents.items() if document.get("benchmark") in SECTIONS}
 
@@ -173,6 +174,7 @@ def training_section(document: Document) -> str:
             f"`{method}`",
             f"{1e3 * step:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})",
             f"{1e3 * compute:.0f}",
+            f"{1e3 * exposed_seconds(of_method):.0f}",
             "" if plain_step is None else f"{plain_step / step:.2f}",
             f"{sent / 1e6:.3f}",
             "" if plain_sent is None else f"{plain_sent / sent:.1f}",
@@ -186,6 +188,7 @@ def training_section(document: Document) -> str:
             "method",
             "step, ms",
             "compute, ms",
+            "exposed, ms",
             "speed-up",
             "MB sent",
             "ratio",
@@ -199,7 +202,14 @@ def training_section(document: Document) -> str:
         f"{first['parameters'] / 1e6:.2f} M parameters, {first['steps']} steps, {first['world_size']} ranks, "
         f"{seeds} seed(s), {link_name(document)}."
     )
-    return f"{settings}\n\n{table}"
+    verdicts = []
+    if document["link_rate"] == "100mbit" and {"ddp", "dgc"} <= runs.keys():
+        dense, sparse = exposed_seconds(runs["ddp"]), exposed_seconds(runs["dgc"])
+        met = "met" if 30 * sparse <= dense else "missed"
+        verdicts.append(
+            f"`dgc`: {1e3 * sparse:.1f} ms exposed, `ddp` {1e3 * dense:.0f} ms; target a thirtieth ({met})."
+        )
+    return "\n\n".join([settings, table, *verdicts])
 
 
 def convergence_section(document: Document) -> str:
@@ -223,13 +233,16 @@ def convergence_section(document: Document) -> str:
 
     def reached(of_method: list[Row], name: str, places: int) -> str:
         values = [run[name] for run in of_method]
+        diverged = sum(map(math.isnan, values))
+        if diverged:
+            return f"NaN with {diverged} of {len(values)} seeds"
         return f"{mean(of_method, name):.{places}f} ({min(values):.{places}f}-{max(values):.{places}f})"
 
     def cells(method: str, of_method: list[Row]) -> list[str]:
         against = ["", "", ""]
         if plain is not None:
             by = worse(plain, of_method)
-            against = [f"{-by:+.2f}" if with_accuracy else f"{by:+.2%}"]
+            against = ["" if math.isnan(by) else f"{0 - by:+.2f}" if with_accuracy else f"{by:+.2%}"]
             against += [f"{times:.1f}" for times in times_less(plain, of_method)]
         return [
             f"`{method}`",
@@ -285,6 +298,11 @@ def by_method(document: Document) -> dict[str, list[Row]]:
 
 def step_seconds(runs: list[Row]) -> float:
     return float(statistics.median(run["step_seconds"]["median"] for run in runs))
+
+
+def exposed_seconds(runs: list[Row]) -> float:
+    """What communication and compression add to a step."""
+    return float(statistics.median(run["exposed_seconds"] for run in runs))
 
 
 def mean(runs: list[Row], name: str) -> float:

@@ -157,6 +157,14 @@ def test_the_table_of_the_digits() -> None:
     assert section.endswith(text)
 
 
+def test_what_diverged_is_said() -> None:
+    rows = [*OF_DIGITS[:2], row("ef-sgd-32", 0, loss=math.nan, accuracy=10.0), row("ef-sgd-32", 1, accuracy=90.0)]
+    line = convergence.format_runs(rows, 10).splitlines()[3]
+    assert "NaN: 1 of 2" in line
+    text = plot.convergence_section(document("digits", rows))
+    assert "| `ef-sgd-32` | 0.1 | NaN with 1 of 2 seeds | 50.00 (10.00-90.00) | -48.50 |" in text
+
+
 MADE_BY = {
     "benchmark": "convergence", "command": "benchmarks/convergence.py", "time": "2026-01-02T03:04:05+00:00",
     "commit": "0123456789abcdef", "uncommitted_changes": False, "processor": "Some Processor", "cores": 2, "gpu": None,

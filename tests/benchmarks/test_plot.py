@@ -69,8 +69,17 @@ COLLECTIVES = {
 def test_a_training_table() -> None:
     rows = plot.training_section(TRAINING).splitlines()
     assert "1.50 M parameters, 4 steps, 4 ranks, 3 seed(s), links of 100 Mb/s." in rows
-    assert "| `ddp` | 1000 (200-300) | 100 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
-    assert "| `int4` | 250 (200-300) | 100 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
+    assert "| `ddp` | 1000 (200-300) | 100 | 900 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
+    assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
+
+
+def test_the_verdict_on_dgc() -> None:
+    met = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
+    text = "`dgc`: 30.0 ms exposed, `ddp` 900 ms; target a thirtieth (met)."
+    assert plot.training_section(met).endswith(text)
+    missed = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.131, 9.0, 1e4)]}
+    assert plot.training_section(missed).endswith("(missed).")
+    assert "thirtieth" not in plot.training_section({**met, "link_rate": "1gbit"})
 
 
 def test_a_collectives_table() -> None:
