@@ -179,7 +179,8 @@ def training_section(document: Document) -> str:
             f"{sent / 1e6:.3f}",
             "" if plain_sent is None else f"{plain_sent / sent:.1f}",
             f"{loss:.4f}" + (f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""),
-            "" if plain_loss is None else f"{loss / plain_loss - 1:+.2%}",
+            # DGC is SGD with momentum, here at AdamW's learning rate: its loss says nothing.
+            "" if plain_loss is None or method == "dgc" else f"{loss / plain_loss - 1:+.2%}",
             str(sum(run["wrong"] for run in of_method)),
         ]
 

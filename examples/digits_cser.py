@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--method", choices=METHODS, default="cser")
-    add("--ratio", type=float, default=32, help="how many times less is sent, from 16 on (default: 32)")
+    add("--compression-ratio", type=float, default=32, help="how many times less is sent, from 16 on (default: 32)")
     add("--steps", type=int, default=600)
     add("--batch", type=int, default=16, help="images per rank and step")
     add("--lr", type=float, default=0.05, help="peak learning rate")
@@ -70,13 +70,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = DigitsNet()
-    optimizer = make(args.method, model, args.lr, args.momentum, args.ratio)
+    optimizer = make(args.method, model, args.lr, args.momentum, args.compression_ratio)
 
     training, _, test = load()
     generator = torch.Generator().manual_seed(args.seed)
     sampler = batches(training, batch=args.batch, rank=rank, world_size=world_size, generator=generator)
 
-    steps = tqdm(range(args.steps), desc=f"{args.method} at {args.ratio:g}", unit="step", disable=rank != 0)
+    steps = tqdm(range(args.steps), desc=f"{args.method} at {args.compression_ratio:g}", unit="step", disable=rank != 0)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)

@@ -77,6 +77,7 @@ def test_the_verdict_on_dgc() -> None:
     met = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
     text = "`dgc`: 30.0 ms exposed, `ddp` 900 ms; target a thirtieth (met)."
     assert plot.training_section(met).endswith(text)
+    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in plot.training_section(met)
     missed = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.131, 9.0, 1e4)]}
     assert plot.training_section(missed).endswith("(missed).")
     assert "thirtieth" not in plot.training_section({**met, "link_rate": "1gbit"})

@@ -63,6 +63,20 @@ def test_impossible_values() -> None:
     run(_refused, 2)
 
 
+def _second_hook(rank: int, world: int) -> None:
+    first = (lambda ddp: sr.ddp.register(ddp, "int4"), lambda ddp: sr.optim.DGC(ddp, lr=0.1))
+    for make in first:
+        for again in first:
+            ddp = wrap(mlp())
+            make(ddp)
+            with pytest.raises(RuntimeError, match=r"takes one hook, once: .*Wrap the model anew"):
+                again(ddp)
+
+
+def test_a_second_hook_is_refused() -> None:
+    run(_second_hook, 1)
+
+
 def _disagree(rank: int, world: int) -> None:
     other: list[tuple[dict[str, Any], list[str]]] = [
         ({"codec": "int8"}, ["int4", "int8"]),

@@ -81,9 +81,24 @@ def register(
             measure_every=measure_every,
         ),
     )
-    state.agree(reduced_parameters(ddp))
-    ddp.register_comm_hook(state, hook)
+    register_state(ddp, state)
     return state
+
+
+def register_state(ddp: DistributedDataParallel, state: HookState) -> None:
+    """Registers a state on the model that it was made for, once the ranks agree about it.
+
+    Raises:
+        RuntimeError: They do not, or the model has a hook.
+    """
+    state.agree(reduced_parameters(ddp))
+    try:
+        ddp.register_comm_hook(state, hook)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "smallreduce's communication hook could not be registered. A DistributedDataParallel module takes one "
+            "hook, once: smallreduce.ddp.register, smallreduce.optim.DGC or another. Wrap the model anew for a second"
+        ) from error
 
 
 def reduced_parameters(ddp: DistributedDataParallel) -> list[torch.Tensor]:

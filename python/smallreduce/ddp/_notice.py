@@ -41,9 +41,10 @@ def warn_if_never_called(state: HookState, parameters: Iterable[torch.Tensor] | 
             warned = True
             warnings.warn(
                 f"{type(optimizer).__name__} takes a step, but the smallreduce communication hook has never been "
-                "called: gradients are not compressed. Some frameworks ignore a hook that is passed to them; call "
-                "ddp_model.register_comm_hook(state, smallreduce.ddp.hook) yourself (docs/frameworks.md), and call the "
-                "DistributedDataParallel module, not the module inside it.",
+                "called: gradients are not compressed. Either no backward pass has gone through the "
+                "DistributedDataParallel module outside of no_sync() (call that module, not the one inside it), or a "
+                "framework ignores the hook that was passed to it: call ddp_model.register_comm_hook(state, "
+                "smallreduce.ddp.hook) yourself (docs/frameworks.md).",
                 NeverCalled,
                 stacklevel=3,
             )

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from smallreduce.codecs import TopK, fraction_of
 from smallreduce.collectives import prepare_or_refuse
-from smallreduce.ddp import Stats, hook
-from smallreduce.ddp._hook import channel_of_model, reduced_parameters
+from smallreduce.ddp import Stats
+from smallreduce.ddp._hook import channel_of_model, register_state
 from smallreduce.optim._dgc_hook import DGCState, advance
 from smallreduce.optim._dgc_reshard import reshard
 from smallreduce.optim._dgc_warmup import check_warmup
@@ -131,8 +131,7 @@ class DGC(Optimizer):
             for name, parameter in ddp_model.module.named_parameters()
             if name in ddp_model.parameters_to_ignore
         }
-        self._hook.agree(reduced_parameters(ddp_model))
-        ddp_model.register_comm_hook(self._hook, hook)
+        register_state(ddp_model, self._hook)
 
     @property
     def _hook_state(self) -> DGCState:

@@ -57,6 +57,10 @@ def check_warmup(warmup: Sequence[tuple[int, float]]) -> Warmup:
         ValueError: A stage has no steps, an impossible ratio, or a larger one than that before it: what a rank has kept
             back so far can only be sent by a codec.
     """
+    if not isinstance(warmup, Sequence) or isinstance(warmup, str):
+        raise TypeError(
+            f"warmup must be a sequence of pairs (steps, ratio), as dgc_warmup(steps) makes it, got {warmup!r}"
+        )
     stages: list[tuple[int, float]] = []
     for stage in warmup:
         if not isinstance(stage, (tuple, list)) or len(stage) != 2:
