@@ -130,12 +130,17 @@ def kernels_section(document: Document) -> str:
 def collectives_section(document: Document) -> str:
     largest = max(row["nbytes"] for row in document["rows"])
     rows = [row for row in document["rows"] if row["nbytes"] == largest]
+    rate = bits_per_second(document["link_rate"])
     table = markdown(
-        ["collective", "codec", "torch, ms", "ms", "speed-up", "ratio", "of ratio", "error", "wrong", "target"],
+        [
+            "collective", "codec", "torch, ms", "ms", "on the wire, ms", "speed-up", "ratio", "of ratio", "error",
+            "wrong", "target",
+        ],
         (
             [
                 row["collective"], f"`{row['codec']}`", milliseconds(row["torch_seconds"]),
-                milliseconds(row["seconds"]), f"{row['speedup']:.2f}", f"{row['ratio']:.2f}",
+                milliseconds(row["seconds"]), "" if rate is None else f"{8e3 * row['wire_nbytes'] / rate:.1f}",
+                f"{row['speedup']:.2f}", f"{row['ratio']:.2f}",
                 f"{row['speedup'] / row['ratio']:.2f}", f"{row['relative_error']:.1e}", str(row["wrong"]),
                 collective_target(row),
             ]
@@ -312,6 +317,12 @@ def mean(runs: list[Row], name: str) -> float:
 
 def mean_loss(runs: list[Row]) -> float:
     return mean(runs, "validation_loss")
+
+
+def bits_per_second(link_rate: str | None) -> float | None:
+    """Of a rate as tc writes it; None without a limit."""
+    match = re.fullmatch(r"([0-9.]+)(k|m|g)bit", link_rate or "none")
+    return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else None
 
 
 def link_name(document: Document) -> str:
