@@ -20,8 +20,8 @@ All have the same momentum, schedule of the learning rate and, for each seed, in
 are clipped to ``--clip-norm``, parameter by parameter: for sgd their mean, and for all others each rank's own, before
 anything is compressed, to sqrt(N) times the norm on N ranks, as DGC does: the mean of independent ones is then alike.
 
-The peak learning rate is chosen for each method from ``--learning-rates``: that which ends with the lowest validation
-loss on ``--tuning-seed``, which is none of those reported; with the digits, on images that are none of those tested on.
+Of several ``--learning-rates`` the peak is chosen for each method: that which ends with the lowest validation loss on
+``--tuning-seed``, which is none of those reported; with the digits, on images that are none of those tested on.
 What is evaluated is, where ranks differ, their average (``averaged()`` of CSER). Reported are, over ``--seeds``,
 
 loss       on held-out data after the last step, in nats: the test images, or the fixed validation windows of the text
@@ -352,8 +352,7 @@ def format_runs(runs: Sequence[Run], sparsity_warmup: int) -> str:
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"steps": 640, "batch": 16, "learning_rates": [0.003, 0.01, 0.03, 0.1]},
-    # An element waits for about a thousand steps, so what DGC costs shows only in runs of many thousands. The rate is
-    # the best of 0.1, 0.2 and 0.5 after 4000 steps, of sgd and of dgc.
+    # An element waits for about a thousand steps, so a run has many thousands, too many to choose the rate by.
     "gpt": {"steps": 10_000, "batch": 2, "learning_rates": [0.2], "clip_norm": 0.1},
 }
 
