@@ -10,12 +10,16 @@ call, on outputs made beforehand; the time is the median, the spread from the te
 
 Results are checked in the same run: every instruction set must give the same bits, CUDA those of the CPU, and what was
 decoded must lie as close to the input as the format promises. 1 GB is 1e9 bytes.
+
+Beside the codecs' operations, those of sharded training (SDP4Bit): packets of int8 summed into one of int4, a weight
+difference encoded, where the uncompressed side is both buffers that are read, and added.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +30,8 @@ from torch import Tensor
 
 import peers
 import smallreduce as sr
-from error_bounds import error_bound
+from kernel_operations import Buffers, Operations, ShardedBuffers
 from measurement import Spread, interleaved_seconds, save, table
-from smallreduce import ops
-from smallreduce._layout import BLOCK, Layout
 from smallreduce._native import native
 
 CODECS = (
@@ -37,8 +39,6 @@ CODECS = (
     "int2:rounding=nearest", "int2", "sign", "topk:0.001", "topk:0.01", "bf16", "fp16", "fp8-e4m3", "fp8-e5m2",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RANKS = 4  # whose packets are reduced
-CHECK_PART_NUMEL = 1_000_000  # at a time, to save memory
 CHECK_BITS_NUMEL = 1_000_003  # odd: the bits of the tails are checked too
 FLUSH_BYTES = 256_000_000  # more than the second-level cache of any GPU
 
@@ -55,11 +55,13 @@ def target(device: str, dtype: str, codec: str, operation: str) -> float | None:
             ("int4-hadamard:rounding=nearest", "encode"): 0.7,
             ("sign", "encode"): 1.4,
             ("int4", "decode"): 1.5,
+            (str(ShardedBuffers.DIFFERENCE), "encode difference"): 1.5,
+            (str(ShardedBuffers.DIFFERENCE), "decode+add"): 1.5,
         }.get((codec, operation))
     if codec.startswith("topk"):
         # 2.5 times as long as one read of the input; a copy's bytes are read and written.
         return 0.4 if (codec, operation) == ("topk:0.001", "encode") else None
-    if operation in ("encode", "decode"):
+    if operation in ("encode", "decode", "encode difference", "decode+add"):
         return 0.80 if "hadamard" in codec else 0.88
     return 0.80 if operation == "reduce" else None
 
@@ -87,72 +89,10 @@ class Row:
     target: float | None
 
 
-class Buffers:
-    """The five operations of one codec on one dtype, with every buffer they need."""
-
-    def __init__(self, codec: sr.PacketCodec, x: Tensor) -> None:
-        self.codec, self.x = codec, x
-        numel, device = x.numel(), x.device
-        self.layout = Layout.build([(0, numel)], codec.format, x.dtype)
-        self.nbytes = self.layout.stride
-        padded = BLOCK * self.layout.blocks
-        self.packet = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
-        self.of_ranks = torch.zeros(RANKS, self.nbytes, dtype=torch.uint8, device=device)
-        self.reduced = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
-        self.residual = torch.zeros(padded, device=device)
-        self.server_residual = torch.zeros(padded, device=device)
-        self.decoded = torch.zeros_like(x)
-        self.mean = torch.zeros_like(x)
-        self.error = torch.zeros(1, dtype=torch.int32, device=device) if device.type == "cuda" else None
-        for rank in range(RANKS):
-            ops.encode(x.roll(rank), self.layout, self.of_ranks[rank], seed=rank)
-
-    def calls(self) -> dict[str, Callable[[], None]]:
-        reduced = (self.of_ranks.view(-1), self.nbytes, RANKS, 1 / RANKS, self.layout)
-        return {
-            "encode": lambda: ops.encode(self.x, self.layout, self.packet, seed=1),
-            "encode+residual": lambda: ops.encode(self.x, self.layout, self.packet, self.residual, seed=1),
-            "decode": lambda: ops.decode(self.of_ranks[0], self.layout, self.decoded, self.error),
-            "reduce": lambda: ops.reduce(*reduced, self.mean, self.error),
-            "reduce+encode": lambda: ops.reduce_encode(
-                *reduced, self.reduced, self.server_residual, seed=1, error=self.error
-            ),
-        }
-
-    def moved_nbytes(self, operation: str) -> int:
-        elements, packet, residual = self.x.nbytes, self.nbytes, self.residual.nbytes
-        return {
-            "encode": elements + packet,
-            "encode+residual": elements + packet + 2 * residual,
-            "decode": packet + elements,
-            "reduce": RANKS * packet + elements,
-            "reduce+encode": (RANKS + 1) * packet + 2 * residual,
-        }[operation]
-
-    def results(self) -> dict[str, Tensor]:
-        """What the operations make of residuals of zero, on the CPU, as bytes."""
-        made: dict[str, Tensor] = {}
-        for name, call in self.calls().items():
-            self.residual.zero_()
-            self.server_residual.zero_()
-            call()
-            written = {
-                "encode": [self.packet],
-                "encode+residual": [self.packet, self.residual],
-                "decode": [self.decoded],
-                "reduce": [self.mean],
-                "reduce+encode": [self.reduced, self.server_residual],
-            }[name]
-            made[name] = torch.cat([tensor.view(torch.uint8) for tensor in written]).cpu()
-        if self.error is not None and self.error.item() != 0:
-            raise AssertionError(f"{self.codec}: a packet was refused")
-        return made
-
-
-def check_bits(codec: sr.PacketCodec, x: Tensor) -> None:
+def check_bits(make: Callable[[Tensor], Operations], x: Tensor) -> None:
     """Raises AssertionError unless all instruction sets, and CUDA for an ``x`` on a GPU, give the same bits."""
     made: dict[str, dict[str, Tensor]] = {}
-    on_cpu = Buffers(codec, x.cpu())
+    on_cpu = make(x.cpu())
     chosen = native.cpu_isa()
     try:
         for isa in native.cpu_isas():
@@ -161,38 +101,13 @@ def check_bits(codec: sr.PacketCodec, x: Tensor) -> None:
     finally:
         native.set_cpu_isa(chosen)
     if x.device.type == "cuda":
-        made["cuda"] = Buffers(codec, x).results()
+        made["cuda"] = make(x).results()
     (first, expected), *others = made.items()
     for name, results in others:
         for operation, result in results.items():
             if not torch.equal(result, expected[operation]):
+                codec = on_cpu.codec_of(operation)
                 raise AssertionError(f"{codec} of {x.dtype}, {operation}: {name} and {first} give different bits")
-
-
-def check_decoded(codec: sr.PacketCodec, x: Tensor, decoded: Tensor) -> None:
-    """Raises AssertionError unless ``decoded`` is what ``codec`` promises of ``x``."""
-    if isinstance(codec, sr.TopK):
-        check_selection(codec, x, decoded)
-    else:
-        check_distance(codec, x, decoded)
-
-
-def check_selection(codec: sr.TopK, x: Tensor, decoded: Tensor) -> None:
-    """Raises AssertionError unless ``decoded`` has the largest elements of ``x``, as they are, and zeros."""
-    # A stable sort puts the lower index first among equals.
-    kept = x.abs().sort(descending=True, stable=True).indices[: codec.kept(x.numel())]
-    if not torch.equal(decoded, torch.zeros_like(x).scatter(0, kept, x[kept])):
-        raise AssertionError(f"{codec} of {x.dtype}: the decoded elements are not the largest")
-
-
-def check_distance(codec: sr.PacketCodec, x: Tensor, decoded: Tensor) -> None:
-    """Raises AssertionError if any element of ``decoded`` is further from ``x`` than the format allows."""
-    group = codec.format.group
-    part_numel = group * -(-CHECK_PART_NUMEL // group)
-    for part, decoded_part in zip(x.split(part_numel), decoded.split(part_numel), strict=True):
-        distance = (decoded_part.double() - part.double()).abs()
-        if not bool((distance <= error_bound(codec, part)).all()):
-            raise AssertionError(f"{codec} of {x.dtype}: a decoded element is further off than the format allows")
 
 
 def cuda_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Spread]:
@@ -227,38 +142,38 @@ def copy_call(x: Tensor, threads: int) -> Callable[[], object]:
     return lambda: output.copy_(x)
 
 
-def measure(codec: sr.PacketCodec, x: Tensor, dtype: str, threads: int, repeats: int) -> list[Row]:
-    """Checks and times the five operations of ``codec``."""
-    check_bits(codec, x[:CHECK_BITS_NUMEL])
-    buffers = Buffers(codec, x)
-    calls = buffers.calls()
+def measure(make: Callable[[Tensor], Operations], x: Tensor, dtype: str, threads: int, repeats: int) -> list[Row]:
+    """Checks and times the operations that ``make`` has for a tensor."""
+    check_bits(make, x[:CHECK_BITS_NUMEL])
+    operations = make(x)
+    calls = operations.calls()
     on_cuda = x.device.type == "cuda"
     timed = cuda_seconds if on_cuda else interleaved_seconds
     seconds = timed({"copy": copy_call(x, threads), **calls}, repeats)
-    check_decoded(codec, x, buffers.decoded)
-    if buffers.error is not None and buffers.error.item() != 0:
-        raise AssertionError(f"{codec}: a packet was refused")
+    operations.check()
+    operations.check_error()
 
     copied_nbytes = 2 * x.nbytes if on_cuda else x.nbytes
     reference = copied_nbytes / seconds["copy"].median / 1e9
     rows = []
     for operation in calls:
-        moved = buffers.moved_nbytes(operation)
-        gb_per_s = (moved if on_cuda else x.nbytes) / seconds[operation].median / 1e9
+        moved, uncompressed = operations.moved_nbytes(operation), operations.uncompressed_nbytes(operation)
+        gb_per_s = (moved if on_cuda else uncompressed) / seconds[operation].median / 1e9
+        codec = operations.codec_of(operation)
         rows.append(
             Row(
                 device=x.device.type,
-                codec=str(codec),
+                codec=codec,
                 dtype=dtype,
                 operation=operation,
-                bits=codec.bits_per_element,
-                uncompressed_nbytes=x.nbytes,
+                bits=operations.bits_of(operation),
+                uncompressed_nbytes=uncompressed,
                 moved_nbytes=moved,
                 seconds=seconds[operation],
                 gb_per_s=gb_per_s,
                 reference_gb_per_s=reference,
                 fraction=gb_per_s / reference,
-                target=target(x.device.type, dtype, str(codec), operation),
+                target=target(x.device.type, dtype, codec, operation),
             )
         )
     return rows
@@ -338,12 +253,13 @@ def main() -> None:
         dtype = DTYPES[name]
         generator = torch.Generator(args.device).manual_seed(0)
         # A whole number of the largest groups, so that no part of what is timed is a special case.
-        numel = nbytes // dtype.itemsize // 1024 * 1024
+        numel = nbytes // dtype.itemsize // 2048 * 2048
         x = torch.randn(numel, generator=generator, device=args.device).to(dtype)
         for spelling in args.codecs:
             codec = sr.codec(spelling)
             assert isinstance(codec, sr.PacketCodec), f"{spelling} makes no packets"
-            report(measure(codec, x, name, args.threads, args.repeats))
+            report(measure(functools.partial(Buffers, codec), x, name, args.threads, args.repeats))
+        report(measure(ShardedBuffers, x, name, args.threads, args.repeats))
         if name == "fp32" and args.device == "cpu" and not args.no_peers:
             report(measure_peers(x, args.threads, args.repeats))
     save(args.json, "kernels", rows)

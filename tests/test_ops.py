@@ -17,6 +17,9 @@ SPARSE = Layout.build([(3, 500), (600, 41)], sr.TopK(0.1).format, torch.float32,
 SHARD = LAYOUT.select([1])
 STRIDE = LAYOUT.stride
 
+# Of packets that are summed into one of another format.
+READ = Layout.build([(3, 500), (600, 41)], sr.codec("int8-hadamard").format, torch.float32)
+
 
 def _arguments(name: str, layout: Layout = LAYOUT) -> tuple[Any, ...]:
     x = torch.randn(700, generator=torch.Generator().manual_seed(0))
@@ -36,19 +39,24 @@ def _arguments(name: str, layout: Layout = LAYOUT) -> tuple[Any, ...]:
             x, worker, *whole, stochastic, 700, layout.origin_end, 5, step, torch.zeros_like(packets), stride, scratch,
         ),
         "decode": (packets, stride, *whole, layout.extent, torch.zeros(700), None, scratch),
+        "encode_difference": (
+            x, x.roll(1), *whole, stochastic, 700, 5, step, torch.zeros_like(packets), stride,
+        ),
+        "decode_add": (packets, stride, *whole, layout.extent, torch.ones(700), None),
         "clear": (packets, stride, *whole, 0, layout.extent, torch.ones(700), None, scratch),
         "reduce": (both, stride, 2, 0.5, *one, shard.extent, torch.zeros(700), None, scratch),
         "reduce_encode": (
-            both, stride, 2, 0.5, *one, stochastic, server, shard.blocks, 5, step,
-            torch.zeros(stride, dtype=torch.uint8), 0, None, scratch,
+            both, stride, 2, 0.5, *one, *one, stochastic, server, shard.blocks, 5, step,
+            torch.zeros(shard.stride, dtype=torch.uint8), shard.stride, 0, None, scratch,
         ),
     }[name]  # fmt: skip
 
 
 NAMES = ["encode", "decode", "reduce", "reduce_encode"]
+DENSE_NAMES = [*NAMES, "encode_difference", "decode_add"]
 EACH_OPERATOR = pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, layout) for layout in (LAYOUT, SPARSE) for name in NAMES] + [("clear", SPARSE)],
+    [(name, LAYOUT) for name in DENSE_NAMES] + [(name, SPARSE) for name in [*NAMES, "clear"]],
     ids=lambda value: value if isinstance(value, str) else "sparse" if value.format.is_sparse else "dense",
 )
 
@@ -113,10 +121,14 @@ def _call(**changes: Any) -> None:
         "encode": "input residual segments table kind group hadamard stochastic extent blocks seed step packets stride "
         "scratch",
         "decode": "packets stride segments table kind group hadamard extent output error scratch",
+        "encode_difference": "minuend subtrahend segments table kind group hadamard stochastic extent seed step "
+        "packets stride",
+        "decode_add": "packets stride segments table kind group hadamard extent output error",
         "clear": "packets stride segments table kind group hadamard packet_type extent output error scratch",
         "reduce": "packets stride ranks factor segments table kind group hadamard extent output error scratch",
-        "reduce_encode": "packets stride ranks factor segments table kind group hadamard stochastic residual blocks "
-        "seed step packet element_type error scratch",
+        "reduce_encode": "packets stride ranks factor segments table kind group hadamard into_segments into_table "
+        "into_kind into_group into_hadamard stochastic residual blocks seed step packet nbytes element_type error "
+        "scratch",
     }
     operator, layout = changes.pop("operator"), changes.pop("layout", LAYOUT)
     arguments = dict(zip(names[operator].split(), _arguments(operator, layout), strict=True))
@@ -125,6 +137,7 @@ def _call(**changes: Any) -> None:
 
 
 BYTES = torch.zeros(4 * STRIDE, dtype=torch.uint8)
+OTHER_SHARD = Layout.build([(0, 100), (100, 200)], sr.IntQuant(4).format, torch.float32)
 WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "torch.float64", {"operator": "encode", "input": torch.zeros(700, dtype=torch.float64)}),
     (TypeError, "torch.int32", {"operator": "encode", "input": torch.zeros(700, dtype=torch.int32)}),
@@ -159,6 +172,21 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "packet must have at least", {"operator": "reduce_encode", "packet": BYTES[:32]}),
     (ValueError, "residual must have", {"operator": "reduce_encode", "residual": torch.zeros(31)}),
     (ValueError, "packet", {"operator": "reduce_encode", "packets": BYTES}),
+    (ValueError, "one packet", {"operator": "reduce_encode", "into_table": LAYOUT.packets}),
+    (ValueError, "must have the 2 segments", {"operator": "reduce_encode", "into_segments": LAYOUT.segments}),
+    (ValueError, "other|different segments", {"operator": "reduce_encode", "into_segments": OTHER_SHARD.segments}),
+    (ValueError, "32 bytes apart", {"operator": "reduce_encode", "nbytes": 32}),
+    (ValueError, "must both have a Hadamard", {"operator": "reduce_encode", "into_hadamard": True}),
+    (ValueError, "of their own format only", {"operator": "reduce_encode", "into_kind": 32, "into_group": 32}),
+    (TypeError, "minuend must be torch.float32", {"operator": "encode_difference", "minuend": torch.zeros(700).half()}),
+    (ValueError, "minuend must have at least", {"operator": "encode_difference", "minuend": torch.zeros(699)}),
+    (TypeError, "subtrahend must be one of", {"operator": "encode_difference", "subtrahend": torch.zeros(700).int()}),
+    (ValueError, "subtrahend must have at least", {"operator": "encode_difference", "subtrahend": torch.zeros(699)}),
+    (ValueError, "packets must have at least", {"operator": "encode_difference", "packets": BYTES[:100]}),
+    (ValueError, "of top-k cannot encode", {"operator": "encode_difference", "kind": 32, "group": 32}),
+    (ValueError, "of top-k cannot be added", {"operator": "decode_add", "kind": 32, "group": 32}),
+    (ValueError, "output must have at least", {"operator": "decode_add", "output": torch.zeros(10)}),
+    (ValueError, "packet", {"operator": "decode_add", "packets": BYTES}),
     *((ValueError, "scratch memory has 0 bytes", {"operator": n, "layout": SPARSE, "scratch": None}) for n in NAMES),
     (ValueError, "scratch memory has 16 bytes", {"operator": "clear", "layout": SPARSE, "scratch": BYTES[:16]}),
     (TypeError, "scratch must be torch.uint8", {"operator": "clear", "layout": SPARSE, "scratch": torch.zeros(9999)}),
@@ -189,6 +217,78 @@ def test_stride_shorter_than_the_packet() -> None:
         ops.reduce(packets, short, 2, 0.5, SHARD, torch.zeros(700))
     with pytest.raises(ValueError, match=f"at least the packet's {SHARD.stride} bytes, got {short}"):
         ops.reduce_encode(packets, short, 2, 0.5, SHARD, torch.zeros(STRIDE, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("codec", ["int4:group=96", "int8:group=2048", "sign", "fp8-e4m3"])
+def test_a_sum_is_written_in_another_format(codec: str) -> None:
+    """Without a transform to be undone in between, as encoding the fp32 sum writes it."""
+    read, into = (Layout.build([(3, 500), (600, 41)], sr.codec(c).format, torch.float32) for c in ("int8", codec))
+    x = torch.randn(2, 700, generator=torch.Generator().manual_seed(2))
+    packets = torch.zeros(2, read.stride, dtype=torch.uint8)
+    for rank in range(2):
+        ops.encode(x[rank], read, packets[rank], seed=rank)
+    made, expected, mean = (*torch.zeros(2, into.stride, dtype=torch.uint8), torch.zeros(700))
+    ops.reduce_encode(packets.view(-1), read.stride, 2, 0.5, read, made, seed=5, into=into)
+    ops.reduce(packets.view(-1), read.stride, 2, 0.5, read, mean)
+    ops.encode(mean, into, expected, seed=5)
+    assert torch.equal(made, expected)
+
+
+def test_the_same_format_under_another_name_changes_nothing() -> None:
+    x = torch.randn(2, 700, generator=torch.Generator().manual_seed(2))
+    packets = torch.zeros(2, SHARD.stride, dtype=torch.uint8)
+    for rank in range(2):
+        ops.encode(x[rank], SHARD, packets[rank], seed=rank)
+    made = [torch.zeros(SHARD.stride, dtype=torch.uint8) for _ in range(2)]
+    for packet, into in zip(made, (None, LAYOUT.select([1])), strict=True):
+        ops.reduce_encode(packets.view(-1), SHARD.stride, 2, 0.5, SHARD, packet, seed=7, into=into)
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype", "segments", "error", "message"),
+    [
+        (
+            "int4",
+            torch.float32,
+            [(3, 500), (600, 41)],
+            ValueError,
+            "int8-hadamard:group=128 .* of int4:group=128 .* both",
+        ),
+        ("topk:0.1", torch.float32, [(3, 500), (600, 41)], ValueError, "must send every element"),
+        ("int4-hadamard", torch.float16, [(3, 500), (600, 41)], TypeError, "the dtypes differ"),
+        ("int4-hadamard", torch.float32, [(3, 541)], ValueError, "different segments"),
+        ("int4-hadamard", torch.float32, [(3, 500), (601, 41)], ValueError, "different segments"),
+    ],
+)
+def test_formats_that_do_not_go_together(
+    codec: str, dtype: torch.dtype, segments: list[tuple[int, int]], error: type[Exception], message: str
+) -> None:
+    into = Layout.build(segments, sr.codec(codec).format, dtype)
+    for _ in range(2):  # whether the segments are the same is remembered
+        with pytest.raises(error, match=message):
+            ops.reduce_encode(BYTES, READ.stride, 2, 0.5, READ, BYTES, into=into)
+
+
+def test_a_difference_is_encoded_and_added() -> None:
+    new = torch.randn(700, generator=torch.Generator().manual_seed(3))
+    old = new.bfloat16().float() + 0.01
+    packets, plain = (torch.zeros(2 * STRIDE, dtype=torch.uint8) for _ in range(2))
+    ops.encode_difference(new, old, LAYOUT, packets, seed=4, step=torch.tensor(9))
+    ops.encode(new - old, LAYOUT, plain, seed=4, step=torch.tensor(9))
+    assert torch.equal(packets, plain)
+    decoded, output = torch.zeros(700), old.clone()
+    ops.decode(packets, LAYOUT, decoded)
+    ops.decode_add(packets, LAYOUT, output)
+    assert torch.equal(output, old + decoded)
+
+
+def test_sparse_packets_hold_no_difference() -> None:
+    x, packets = torch.zeros(700), torch.zeros(2 * SPARSE.stride, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"topk of fp32 values .* cannot hold a difference"):
+        ops.encode_difference(x, x, SPARSE, packets)
+    with pytest.raises(ValueError, match=r"topk of fp32 values .* cannot be added"):
+        ops.decode_add(packets, SPARSE, x)
 
 
 @EACH_OPERATOR

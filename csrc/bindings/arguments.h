@@ -45,6 +45,17 @@ inline Format format(int kind, int64_t group, bool hadamard, bool stochastic) {
   return {Kind(kind), group, hadamard, stochastic};
 }
 
+// Of the packets that a reduction reads and of the one that it writes.
+inline void check_formats(const Format& from, const Format& into) {
+  bool sparse = int(from.kind) >= int(Kind::kTopKFloat32) || int(into.kind) >= int(Kind::kTopKFloat32);
+  if (sparse && from.kind != into.kind) {
+    throw std::invalid_argument("packets of top-k are summed into a packet of their own format only");
+  }
+  if (from.hadamard != into.hadamard) {
+    throw std::invalid_argument("the packets read and the packet written must both have a Hadamard transform, or none");
+  }
+}
+
 inline Layout layout(uintptr_t segments, int64_t segment_count, uintptr_t packets, int64_t packet_count) {
   return {pointer<const Segment>(segments), segment_count, pointer<const Packet>(packets), packet_count};
 }

@@ -4,6 +4,7 @@
 #include "bindings/arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/sparse.h"
+#include "formats/describe.h"
 #include "formats/layout.h"
 #include "formats/packet.h"
 
@@ -56,12 +57,30 @@ void cpu_encode(uintptr_t input, int element_type, uintptr_t residual, uintptr_t
               threads);
 }
 
+void cpu_encode_difference(uintptr_t minuend, uintptr_t subtrahend, int element_type, uintptr_t segments,
+                           int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
+                           bool hadamard, bool stochastic, uint64_t seed, uint64_t step, uintptr_t out, int64_t stride,
+                           int threads) {
+  cpu::encode_difference({pointer<const float>(minuend), pointer<const void>(subtrahend), type(element_type),
+                          layout(segments, segment_count, packets, packet_count),
+                          format(kind, group, hadamard, stochastic), seed, step, pointer<uint8_t>(out), stride},
+                         threads);
+}
+
 void cpu_decode(uintptr_t input, int64_t stride, uintptr_t segments, int64_t segment_count, uintptr_t packets,
                 int64_t packet_count, int kind, int64_t group, bool hadamard, uintptr_t output, int element_type,
                 uintptr_t scratch_address, int64_t scratch_nbytes, int threads) {
   Layout from = layout(segments, segment_count, packets, packet_count);
   cpu::decode({pointer<const uint8_t>(input), stride, from, format(kind, group, hadamard, false), pointer<void>(output),
                type(element_type), scratch(scratch_address, scratch_nbytes, from, kind, 1, threads)},
+              threads);
+}
+
+void cpu_decode_add(uintptr_t input, int64_t stride, uintptr_t segments, int64_t segment_count, uintptr_t packets,
+                    int64_t packet_count, int kind, int64_t group, bool hadamard, uintptr_t output, int element_type,
+                    int threads) {
+  cpu::decode({pointer<const uint8_t>(input), stride, layout(segments, segment_count, packets, packet_count),
+               format(kind, group, hadamard, false), pointer<void>(output), type(element_type), nullptr, true},
               threads);
 }
 
@@ -87,12 +106,18 @@ void cpu_reduce(uintptr_t input, int64_t stride, int64_t ranks, float factor, ui
 
 void cpu_reduce_encode(uintptr_t input, int64_t stride, int64_t ranks, float factor, uintptr_t segments,
                        int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
-                       bool hadamard, bool stochastic, uintptr_t residual, uint64_t seed, uint64_t step, uintptr_t out,
+                       bool hadamard, uintptr_t into_segments, int64_t into_segment_count, uintptr_t into_packets,
+                       int64_t into_packet_count, int into_kind, int64_t into_group, bool into_hadamard,
+                       bool stochastic, uintptr_t residual, uint64_t seed, uint64_t step, uintptr_t out, int64_t nbytes,
                        int element_type, uintptr_t scratch_address, int64_t scratch_nbytes, int threads) {
-  Layout shard = single_packet_layout(segments, segment_count, packets, packet_count);
-  cpu::reduce_encode({pointer<const uint8_t>(input), rank_count(ranks), stride, factor, shard,
-                      format(kind, group, hadamard, stochastic), pointer<float>(residual), seed, step,
-                      pointer<uint8_t>(out), scratch(scratch_address, scratch_nbytes, shard, kind, ranks, threads)},
+  Layout from = single_packet_layout(segments, segment_count, packets, packet_count);
+  Layout into = single_packet_layout(into_segments, into_segment_count, into_packets, into_packet_count);
+  Format from_format = format(kind, group, hadamard, false);
+  Format into_format = format(into_kind, into_group, into_hadamard, stochastic);
+  check_formats(from_format, into_format);
+  cpu::reduce_encode({pointer<const uint8_t>(input), rank_count(ranks), stride, factor, from, from_format, into,
+                      into_format, pointer<float>(residual), seed, step, pointer<uint8_t>(out), nbytes,
+                      scratch(scratch_address, scratch_nbytes, from, kind, ranks, threads)},
                      type(element_type), threads);
 }
 
@@ -109,6 +134,10 @@ PYBIND11_MODULE(_C, module) {
     Format checked = format(kind, group, hadamard, false);
     return packet_tag(checked.kind, checked.group, checked.hadamard, type(element_type));
   });
+  module.def("describe_format", [](int kind, int64_t group, bool hadamard, int element_type) {
+    Format checked = format(kind, group, hadamard, false);
+    return describe_tag(packet_tag(checked.kind, checked.group, checked.hadamard, type(element_type)));
+  });
   module.def("mix64", [](uint64_t z) { return mix64(z); });
 
   cpu::current_isa();  // a forced instruction set that is not supported is an error at import
@@ -119,7 +148,9 @@ PYBIND11_MODULE(_C, module) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   module.def("cpu_scratch_nbytes", &cpu_scratch_nbytes);
   module.def("cpu_encode", &cpu_encode, release_gil());
+  module.def("cpu_encode_difference", &cpu_encode_difference, release_gil());
   module.def("cpu_decode", &cpu_decode, release_gil());
+  module.def("cpu_decode_add", &cpu_decode_add, release_gil());
   module.def("cpu_clear", &cpu_clear, release_gil());
   module.def("cpu_reduce", &cpu_reduce, release_gil());
   module.def("cpu_reduce_encode", &cpu_reduce_encode, release_gil());

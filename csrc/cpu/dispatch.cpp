@@ -114,6 +114,14 @@ void write_header(uint8_t* packet, const Format& format, const Layout& layout, i
   memset(packet + end, 0, size_t(row.nbytes - end));
 }
 
+template <typename Args>
+void write_headers(const Args& args) {
+  check_stride(args.stride, args.layout);
+  for (int64_t p = 0; p < args.layout.packet_count; ++p) {
+    write_header(args.packets + p * args.stride, args.format, args.layout, p, args.type);
+  }
+}
+
 void check_header(const uint8_t* packet, const Format& format, const Packet& row, ElementType type, int64_t number) {
   uint64_t header[2];
   memcpy(header, packet, sizeof header);
@@ -127,6 +135,29 @@ void check_header(const uint8_t* packet, const Format& format, const Packet& row
                                 std::to_string(row.blocks) + " blocks of 32 elements expected here" +
                                 (is_sparse(format.kind) ? ", another share of them" : "") + ", or is corrupt");
   }
+}
+
+// The packets of all ranks.
+template <typename Args>
+void check_ranks(const Args& args, const Layout& layout, const Format& format, ElementType type) {
+  check_stride(args.stride, layout);
+  for (int64_t r = 0; r < args.ranks; ++r) {
+    check_header(args.packets + r * args.stride, format, layout.packets[0], type, r);
+  }
+}
+
+void check_same_segments(const Layout& a, const Layout& b) {
+  bool same = a.segment_count == b.segment_count;
+  for (int64_t i = 0; same && i < a.segment_count; ++i) {
+    const Segment &left = a.segments[i], &right = b.segments[i];
+    same = left.length == right.length && left.block == right.block && left.origin == right.origin &&
+           left.kept == right.kept;
+  }
+  if (!same) throw std::invalid_argument("the packets read and the packet written are of different segments");
+}
+
+void refuse_sparse(const Format& format, const char* what) {
+  if (is_sparse(format.kind)) throw std::invalid_argument(std::string("packets of top-k cannot ") + what);
 }
 
 template <typename Args>
@@ -163,15 +194,19 @@ void clear(const DecodeArgs& args, ElementType packet_type, int threads) {
 }
 
 void encode(const EncodeArgs& args, int threads) {
-  check_stride(args.stride, args.layout);
-  for (int64_t p = 0; p < args.layout.packet_count; ++p) {
-    write_header(args.packets + p * args.stride, args.format, args.layout, p, args.type);
-  }
+  write_headers(args);
   if (is_sparse(args.format.kind)) return sparse_encode(sparse_kernels(), args, sparse_threads(args, threads));
   over_groups(kernels().encode, args, threads);
 }
 
+void encode_difference(const EncodeDifferenceArgs& args, int threads) {
+  refuse_sparse(args.format, "encode the difference of two buffers");
+  write_headers(args);
+  over_groups(kernels().encode_difference, args, threads);
+}
+
 void decode(const DecodeArgs& args, int threads) {
+  if (args.add) refuse_sparse(args.format, "be added to a buffer");
   check_stride(args.stride, args.layout);
   for (int64_t p = 0; p < args.layout.packet_count; ++p) {
     check_header(args.packets + p * args.stride, args.format, args.layout.packets[p], args.type, p);
@@ -181,19 +216,15 @@ void decode(const DecodeArgs& args, int threads) {
 }
 
 void reduce(const ReduceArgs& args, int threads) {
-  check_stride(args.stride, args.layout);
-  for (int64_t r = 0; r < args.ranks; ++r) {
-    check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], args.type, r);
-  }
+  check_ranks(args, args.layout, args.format, args.type);
   if (is_sparse(args.format.kind)) return sparse_reduce(sparse_kernels(), args, sparse_threads(args, threads));
   over_groups(kernels().reduce, args, threads);
 }
 
 void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads) {
-  check_stride(args.stride, args.layout);
-  for (int64_t r = 0; r < args.ranks; ++r) {
-    check_header(args.packets + r * args.stride, args.format, args.layout.packets[0], type, r);
-  }
+  check_same_segments(args.from, args.layout);
+  check_stride(args.nbytes, args.layout);
+  check_ranks(args, args.from, args.from_format, type);
   if (is_sparse(args.format.kind)) {
     // Which may yet refuse a packet for its words.
     sparse_reduce_encode(sparse_kernels(), args, sparse_threads(args, threads));

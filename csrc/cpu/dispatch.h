@@ -14,6 +14,7 @@ void set_isa(const std::string& name);  // throws std::invalid_argument if it is
 
 // Throw std::invalid_argument if a packet is not what layout and format say.
 void encode(const EncodeArgs& args, int threads);
+void encode_difference(const EncodeDifferenceArgs& args, int threads);
 void decode(const DecodeArgs& args, int threads);
 void reduce(const ReduceArgs& args, int threads);
 void reduce_encode(const ReduceEncodeArgs& args, ElementType type, int threads);

@@ -49,4 +49,11 @@ SR_FN GroupCodes<Byte> locate(Byte* packet, Kind kind, const Packet& row, const 
           packet + codes_offset(kind, row.groups) + run.block() * block_bytes(kind)};
 }
 
+// As locate(), of the segment's first group.
+template <typename Byte>
+SR_FN GroupCodes<Byte> locate(Byte* packet, Kind kind, const Packet& row, const Segment& segment) {
+  return {packet + kHeaderBytes + 2 * segment.group,
+          packet + codes_offset(kind, row.groups) + segment.block * block_bytes(kind)};
+}
+
 }  // namespace smallreduce::SR_TARGET

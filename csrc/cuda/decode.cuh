@@ -1,4 +1,4 @@
-// Packets to elements: of one rank, or the sum of several ranks'.
+// Packets to elements: of one rank, the sum of several ranks', or added to what the buffer holds.
 #pragma once
 
 #include "cuda/hadamard.cuh"
@@ -7,7 +7,15 @@
 
 namespace smallreduce::SR_TARGET {
 
-template <Kind kKind, typename Buffer, bool kSum>
+enum class Decoding { kOneRank, kSum, kAdd };
+
+// fl(value + decoded), limited to finite where both are.
+SR_DEVICE float add_decoded(float value, float decoded) {
+  float sum = value + decoded;
+  return is_finite(value) && is_finite(decoded) ? limit_to_finite(sum) : sum;
+}
+
+template <Kind kKind, typename Buffer, Decoding kDecoding>
 __global__ void __launch_bounds__(kWarp, 16) decode_kernel(cuda::DecodeArgs args, Tiling tiling) {
   PacketFormat format = packet_format(kKind, args.format, args.type);
   report_refused(args.packets, args.ranks, args.stride, format, args.layout, args.error);
@@ -33,12 +41,22 @@ __global__ void __launch_bounds__(kWarp, 16) decode_kernel(cuda::DecodeArgs args
       for (int begin = unit; begin < end; begin += kTile) {
         Place place(smaller(kTile, end - begin));
         Tile tile;
-        if constexpr (kSum) {
+        if constexpr (kDecoding == Decoding::kSum) {
           sum.load(tiling, group, begin / int(kBlock), place, tile);
         } else {
           sum.template add<true>(0, tiling, group, begin / int(kBlock), place, tile);
         }
         if (args.format.hadamard) inverse_hadamard(tile);
+        if constexpr (kDecoding == Decoding::kAdd) {
+          bool whole = aligned && place.is_whole();
+#pragma unroll
+          for (int u = 0; u < kSteps; ++u) {
+            Slot held;
+            load_slot<Buffer>(output + begin, place, u, whole, held);
+#pragma unroll
+            for (int i = 0; i < kSlot; ++i) tile[u][i] = add_decoded(held[i], tile[u][i]);
+          }
+        }
         store_tile<Buffer>(output + begin, aligned, place, tile, all);
       }
     }

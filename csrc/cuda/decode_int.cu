@@ -7,8 +7,8 @@ namespace {
 template <Kind kKind, typename Buffer>
 void decode_buffer(const cuda::DecodeArgs& args, cudaStream_t stream) {
   Tiling tiling = tiling_of(args.format);
-  if (args.ranks == 1) return launch<decode_kernel<kKind, Buffer, false>>(stream, args, tiling);
-  launch<decode_kernel<kKind, Buffer, true>>(stream, args, tiling);
+  if (args.ranks == 1) return launch<decode_kernel<kKind, Buffer, Decoding::kOneRank>>(stream, args, tiling);
+  launch<decode_kernel<kKind, Buffer, Decoding::kSum>>(stream, args, tiling);
 }
 
 template <Kind kKind>

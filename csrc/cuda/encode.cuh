@@ -1,4 +1,5 @@
-// Values to packets of IntQuant and Cast. The values come from a source: a worker's own elements, or the sum of the ranks' packets.
+// Values to packets of IntQuant and Cast. The values come from a source: a worker's own elements, the difference of two buffers, or the
+// sum of the ranks' packets.
 #pragma once
 
 #include "cuda/hadamard.cuh"
@@ -72,6 +73,47 @@ struct WorkerSource {
   }
 };
 
+// What an fp32 buffer has more than another, over one run. The type of the other is the same in the whole grid.
+struct DifferenceSource {
+  static constexpr bool kHasResidual = false;
+  const float* minuend;
+  const void* subtrahend;
+  ElementType type;
+  bool hadamard;
+  bool aligned;  // both, to quads
+
+  SR_DEVICE_MEMBER void load(const Tiling&, const TileAt& at, Tile& values) const {
+    load_tile<Float32Buffer>(minuend + at.begin, aligned, at.place, values);
+    switch (type) {
+      case ElementType::kFloat32: subtract<Float32Buffer>(at, values); break;
+      case ElementType::kBFloat16: subtract<BFloat16Buffer>(at, values); break;
+      case ElementType::kFloat16: subtract<Float16Buffer>(at, values); break;
+    }
+    if (hadamard) smallreduce::SR_TARGET::hadamard(values);
+  }
+
+  template <typename Buffer>
+  SR_DEVICE_MEMBER void subtract(const TileAt& at, Tile& values) const {
+    const auto* from = static_cast<const typename Buffer::Storage*>(subtrahend) + at.begin;
+    bool whole = aligned && at.place.is_whole();
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      Slot old;
+      load_slot<Buffer>(from, at.place, u, whole, old);
+#pragma unroll
+      for (int i = 0; i < kSlot; ++i) values[u][i] = values[u][i] - old[i];
+    }
+  }
+};
+
+SR_DEVICE void zero_missing(Place place, Tile& values) {
+#pragma unroll
+  for (int u = 0; u < kSteps; ++u) {
+#pragma unroll
+    for (int i = 0; i < kSlot; ++i) values[u][i] = slot_offset(i) < place.rest(u) ? values[u][i] : 0.0f;
+  }
+}
+
 // The sum of the ranks' packets, over one run; its residual is a server's. With Hadamard the elements of a run are those of whole
 // blocks, all of them data.
 template <Kind kKind, bool kFeedback>
@@ -95,14 +137,6 @@ struct ServerSource {
 
   SR_DEVICE_MEMBER void keep_residual(const TileAt& at, const Tile& remainders, const bool (&keep)[kSteps]) const {
     store_tile<ResidualBuffer>(residual + at.begin, aligned, at.place, remainders, keep);
-  }
-
-  SR_DEVICE void zero_missing(Place place, Tile& values) {
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-#pragma unroll
-      for (int i = 0; i < kSlot; ++i) values[u][i] = slot_offset(i) < place.rest(u) ? values[u][i] : 0.0f;
-    }
   }
 };
 
@@ -256,6 +290,7 @@ SR_DEVICE void encode_cast_run(const Tiling& tiling, const Source& source, int e
                             target.aligned, words);
       }
       if constexpr (Source::kHasResidual) {
+        if (!source.residual) continue;
         Slot decoded;
         Codes<kKind>::unpack(words, at.place.quarter, decoded);
         float* residual = source.residual + begin + at.place.first_element(u);
@@ -282,6 +317,13 @@ SR_DEVICE RandomKey read_key(uint64_t seed, const int64_t* step) {
   return random_key(seed, step ? uint64_t(*step) : 0);
 }
 
+// Whether the packets of all ranks are as expected; those that are not are reported.
+SR_DEVICE bool accept_ranks(const cuda::ReduceEncodeArgs& args) {
+  PacketFormat format = packet_format(args.from_format.kind, args.from_format, args.type);
+  report_refused(args.packets, args.ranks, args.stride, format, args.from, args.error);
+  return all_expected(args.packets, args.ranks, args.stride, format, args.from.packets[0]);
+}
+
 template <Kind kKind, typename Buffer, bool kFeedback, bool kSpread>
 __global__ void __launch_bounds__(kWarp, kFeedback || kSpread ? 16 : 20)
     encode_kernel(cuda::EncodeArgs args, Tiling tiling) {
@@ -304,12 +346,35 @@ __global__ void __launch_bounds__(kWarp, kFeedback || kSpread ? 16 : 20)
   });
 }
 
+// An fp32 buffer less another.
+template <Kind kKind, bool kSpread>
+__global__ void __launch_bounds__(kWarp, 16) encode_difference_kernel(cuda::EncodeDifferenceArgs args, Tiling tiling) {
+  PacketFormat format = packet_format(kKind, args.format, args.type);
+  for (int64_t p = warp_index(); p < args.layout.packet_count; p += warp_count()) {
+    write_frame(args.packets + p * args.stride, format, args.layout.packets[p], true);
+  }
+  RandomKey key = read_key(args.seed, args.step);
+  bool packets_aligned = is_aligned(args.packets, 16) && args.stride % 16 == 0;
+  int element_bytes = args.type == ElementType::kFloat32 ? 4 : 2;
+  int group_size = tiling.division.group;
+  for_each_run(args.layout, tiling.division, [&](const Run& run) {
+    int64_t packet = run.segment->packet, first = run.segment->offset + run.begin;
+    const float* minuend = args.minuend + first;
+    const auto* subtrahend = static_cast<const uint8_t*>(args.subtrahend) + first * element_bytes;
+    bool aligned = has_aligned_quads<Float32Buffer>(minuend) && is_aligned(subtrahend, size_t(4 * element_bytes));
+    DifferenceSource source{minuend, subtrahend, args.type, args.format.hadamard, aligned};
+    Target target{locate(args.packets + packet * args.stride, kKind, args.layout.packets[packet], run, group_size),
+                  packets_aligned, key, uint32_t(run.origin()), args.format.stochastic};
+    encode_run<kKind, kSpread>(tiling, source, run.elements, target);
+  });
+}
+
+// From packets of the same format as the one written.
 template <Kind kKind, bool kFeedback, bool kSpread>
 __global__ void __launch_bounds__(kWarp, 16) reduce_encode_kernel(cuda::ReduceEncodeArgs args, Tiling tiling) {
   PacketFormat format = packet_format(kKind, args.format, args.type);
   const Packet& row = args.layout.packets[0];
-  report_refused(args.packets, args.ranks, args.stride, format, args.layout, args.error);
-  bool accepted = all_expected(args.packets, args.ranks, args.stride, format, row);
+  bool accepted = accept_ranks(args);
   if (warp_index() == 0) write_frame(args.packet, format, row, accepted);
   if (!accepted) return;
   RandomKey key = read_key(args.seed, args.step);

@@ -23,6 +23,9 @@ void clear(const ClearArgs& args, cudaStream_t stream) { clear_topk(args, stream
 
 void reduce_encode(const ReduceEncodeArgs& args, cudaStream_t stream) {
   if (is_sparse(args.format.kind)) return reduce_encode_topk(args, stream);
+  if (args.from_format.kind != args.format.kind || args.from_format.group != args.format.group) {
+    return reduce_encode_mixed(args, stream);
+  }
   if (is_cast(args.format.kind)) return reduce_encode_cast(args, stream);
   if (args.format.kind == Kind::kSign) return reduce_encode_sign(args, stream);
   reduce_encode_int(args, stream);

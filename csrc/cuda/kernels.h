@@ -23,6 +23,19 @@ struct EncodeArgs {
   int64_t scratch_nbytes;
 };
 
+// Of an fp32 buffer less one of `type`, both laid out alike. No TopK.
+struct EncodeDifferenceArgs {
+  const float* minuend;
+  const void* subtrahend;
+  ElementType type;
+  Layout layout;
+  Format format;
+  uint64_t seed;
+  const int64_t* step;
+  uint8_t* packets;
+  int64_t stride;
+};
+
 // The packets of a layout (ranks is 1, factor 1), or those of `ranks` ranks for the one packet that the layout describes; either
 // way `stride` bytes apart. A refused packet leaves 1 + its number in `error` (which may be null), the lowest if there are several:
 // decoding then skips that packet, a reduction writes nothing.
@@ -53,11 +66,14 @@ struct ClearArgs {
   int32_t* error;
 };
 
-// If a packet is refused, the one written has a header of zeros, so that every receiver refuses it in turn.
+// `layout` and `format` are of the packet written. Those of the packets read have the same segments and are alike in Hadamard; TopK
+// has but one format. If a packet is refused, the one written has a header of zeros, so that every receiver refuses it in turn.
 struct ReduceEncodeArgs {
   const uint8_t* packets;
   int64_t ranks, stride;
   float factor;
+  Layout from;
+  Format from_format;
   Layout layout;
   Format format;
   float* residual;  // in block order, indexed by block in the packet; null: no feedback
@@ -71,7 +87,9 @@ struct ReduceEncodeArgs {
 };
 
 void encode(const EncodeArgs& args, cudaStream_t stream);
+void encode_difference(const EncodeDifferenceArgs& args, cudaStream_t stream);
 void decode(const DecodeArgs& args, cudaStream_t stream);
+void decode_add(const DecodeArgs& args, cudaStream_t stream);  // to what the output holds; of one rank, no TopK
 void clear(const ClearArgs& args, cudaStream_t stream);
 void reduce_encode(const ReduceEncodeArgs& args, cudaStream_t stream);
 

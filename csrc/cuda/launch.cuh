@@ -60,11 +60,14 @@ void launch(cudaStream_t stream, const Args&... args) {
 void encode_int(const cuda::EncodeArgs& args, cudaStream_t stream);
 void encode_cast(const cuda::EncodeArgs& args, cudaStream_t stream);
 void encode_sign(const cuda::EncodeArgs& args, cudaStream_t stream);
+void encode_difference_sign(const cuda::EncodeDifferenceArgs& args, cudaStream_t stream);
 void decode_int(const cuda::DecodeArgs& args, cudaStream_t stream);
 void decode_cast(const cuda::DecodeArgs& args, cudaStream_t stream);
 void reduce_encode_int(const cuda::ReduceEncodeArgs& args, cudaStream_t stream);
 void reduce_encode_cast(const cuda::ReduceEncodeArgs& args, cudaStream_t stream);
 void reduce_encode_sign(const cuda::ReduceEncodeArgs& args, cudaStream_t stream);
+void reduce_encode_mixed(const cuda::ReduceEncodeArgs& args, cudaStream_t stream);
+void reduce_encode_mixed_sign(const cuda::ReduceEncodeArgs& args, cudaStream_t stream);
 void encode_topk(const cuda::EncodeArgs& args, cudaStream_t stream);
 void decode_topk(const cuda::DecodeArgs& args, cudaStream_t stream);
 void clear_topk(const cuda::ClearArgs& args, cudaStream_t stream);

@@ -13,8 +13,16 @@ void encode_sign(const cuda::EncodeArgs& args, cudaStream_t stream) {
   }
 }
 
+void encode_difference_sign(const cuda::EncodeDifferenceArgs& args, cudaStream_t stream) {
+  launch<encode_sign_difference_kernel>(stream, args, sign_tiling_of(args.format));
+}
+
+void reduce_encode_mixed_sign(const cuda::ReduceEncodeArgs& args, cudaStream_t stream) {
+  launch<reduce_encode_sign_kernel<true>>(stream, args, sign_tiling_of(args.format));
+}
+
 void reduce_encode_sign(const cuda::ReduceEncodeArgs& args, cudaStream_t stream) {
-  launch<reduce_encode_sign_kernel>(stream, args, sign_tiling_of(args.format));
+  launch<reduce_encode_sign_kernel<false>>(stream, args, sign_tiling_of(args.format));
 }
 
 }  // namespace smallreduce::SR_TARGET

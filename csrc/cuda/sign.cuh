@@ -2,7 +2,7 @@
 // holds element j of each block of a tile, and the codes of a block are a ballot.
 #pragma once
 
-#include "cuda/encode.cuh"
+#include "cuda/reduce_encode_mixed.cuh"
 
 namespace smallreduce::SR_TARGET {
 
@@ -45,6 +45,64 @@ struct SignWorkerSource {
       values[b] = element < at.place.count ? Buffer::load(input[at.begin + element]) : 0.0f;
     }
     if (residual) compensate(residual + at.begin, at.place.count, values);
+  }
+};
+
+struct SignDifferenceSource {
+  const float* minuend;
+  const void* subtrahend;
+  ElementType type;
+  float* residual = nullptr;
+
+  SR_DEVICE_MEMBER float remainder(float value, float) const { return value; }
+
+  SR_DEVICE_MEMBER void load(const SignTiling&, const TileAt& at, Column& values) const {
+    int lane = lane_index();
+#pragma unroll
+    for (int b = 0; b < kSignBlocks; ++b) {
+      int element = b * kWarp + lane;
+      bool present = element < at.place.count;
+      values[b] = present ? minuend[at.begin + element] - old(at.begin + element) : 0.0f;
+    }
+  }
+
+  SR_DEVICE_MEMBER float old(int element) const {
+    if (type == ElementType::kFloat32) return static_cast<const float*>(subtrahend)[element];
+    uint16_t half = static_cast<const uint16_t*>(subtrahend)[element];
+    return type == ElementType::kBFloat16 ? BFloat16Buffer::load(half) : Float16Buffer::load(half);
+  }
+};
+
+// The sum of packets of any kind, element for element in its lane's column.
+struct SignMixedSource {
+  MixedSum sum;
+  float* residual;  // null: no feedback
+
+  SR_DEVICE_MEMBER float remainder(float value, float decoded) const { return value - decoded; }
+
+  SR_DEVICE_MEMBER void load(const SignTiling&, const TileAt& at, Column& values) const {
+    load_step<0>(at, values);
+    load_step<1>(at, values);
+    load_step<2>(at, values);
+    load_step<3>(at, values);
+    if (residual) compensate(residual + at.begin, at.place.count, values);
+  }
+
+  template <int kStep>
+  SR_DEVICE_MEMBER void load_step(const TileAt& at, Column& values) const {
+    Tile tile;  // of which one step is used
+    sum.load<kStep, kStep + 1>(at.begin / int(kBlock), at.place, tile);
+    int lane = lane_index(), mine = lane % 4 + lane / 16 * 4;  // the place in its slot of this lane's element
+#pragma unroll
+    for (int row = 0; row < kStepElements / int(kBlock); ++row) {
+      int b = kStep * (kStepElements / int(kBlock)) + row;
+#pragma unroll
+      for (int i = 0; i < kSlot; ++i) {
+        float value = __shfl_sync(kAllLanes, tile[kStep][i], 4 * row + lane % 16 / 4);
+        values[b] = i == 0 || i == mine ? value : values[b];
+      }
+      if (b * kWarp + lane >= at.place.count) values[b] = 0.0f;
+    }
   }
 };
 
@@ -177,22 +235,58 @@ __global__ void __launch_bounds__(kWarp, 12) encode_sign_kernel(cuda::EncodeArgs
 }
 
 static __global__ void __launch_bounds__(kWarp, 12)
+    encode_sign_difference_kernel(cuda::EncodeDifferenceArgs args, SignTiling tiling) {
+  PacketFormat format = packet_format(Kind::kSign, args.format, args.type);
+  for (int64_t p = warp_index(); p < args.layout.packet_count; p += warp_count()) {
+    write_frame(args.packets + p * args.stride, format, args.layout.packets[p], true);
+  }
+  bool packets_aligned = is_aligned(args.packets, 16) && args.stride % 16 == 0;
+  int element_bytes = args.type == ElementType::kFloat32 ? 4 : 2;
+  int group_size = tiling.division.group;
+  for_each_run(args.layout, tiling.division, [&](const Run& run) {
+    int64_t packet = run.segment->packet, first = run.segment->offset + run.begin;
+    const auto* subtrahend = static_cast<const uint8_t*>(args.subtrahend) + first * element_bytes;
+    SignDifferenceSource source{args.minuend + first, subtrahend, args.type};
+    Target target{
+        locate(args.packets + packet * args.stride, Kind::kSign, args.layout.packets[packet], run, group_size),
+        packets_aligned,
+        {},
+        0,
+        false};
+    encode_sign_run(tiling, group_size, source, run.elements, target);
+  });
+}
+
+SR_DEVICE SignServerSource sign_sum_of(const cuda::ReduceEncodeArgs& args, const Run& run, bool aligned,
+                                       float* residual) {
+  return {locate(args.packets, Kind::kSign, args.layout.packets[0], run, args.format.group),
+          args.ranks,
+          args.stride,
+          args.factor,
+          aligned,
+          residual};
+}
+
+// kMixed: from packets of another format than the one written.
+template <bool kMixed>
+__global__ void __launch_bounds__(kWarp, kMixed ? 8 : 12)
     reduce_encode_sign_kernel(cuda::ReduceEncodeArgs args, SignTiling tiling) {
   PacketFormat format = packet_format(Kind::kSign, args.format, args.type);
   const Packet& row = args.layout.packets[0];
-  report_refused(args.packets, args.ranks, args.stride, format, args.layout, args.error);
-  bool accepted = all_expected(args.packets, args.ranks, args.stride, format, row);
+  bool accepted = accept_ranks(args);
   if (warp_index() == 0) write_frame(args.packet, format, row, accepted);
   if (!accepted) return;
   bool input_aligned = is_aligned(args.packets, 16) && args.stride % 16 == 0;
   int group_size = tiling.division.group;
   for_each_run(args.layout, tiling.division, [&](const Run& run) {
-    SignServerSource source{locate(args.packets, Kind::kSign, row, run, group_size),
-                            args.ranks,
-                            args.stride,
-                            args.factor,
-                            input_aligned,
-                            args.residual ? args.residual + run.block() * kBlock : nullptr};
+    float* residual = args.residual ? args.residual + run.block() * kBlock : nullptr;
+    auto source = [&] {
+      if constexpr (kMixed) {
+        return SignMixedSource{mixed_sum_of(args, run, input_aligned), residual};
+      } else {
+        return sign_sum_of(args, run, input_aligned, residual);
+      }
+    }();
     Target target{locate(args.packet, Kind::kSign, row, run, group_size), is_aligned(args.packet, 16), {}, 0, false};
     encode_sign_run(tiling, group_size, source, run.elements, target);
   });

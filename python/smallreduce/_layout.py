@@ -7,6 +7,7 @@ The normative text is docs/wire-formats.md, section 1; the rows are the structs 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,7 @@ class Layout:
         self.origin_end = int(origins.max()) if len(used) else 0
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._scratch: dict[tuple[str, int, int], int] = {}
+        self._same_blocks: weakref.WeakKeyDictionary[Layout, bool] = weakref.WeakKeyDictionary()
 
     @classmethod
     def build(
@@ -123,6 +125,20 @@ class Layout:
         counts = torch.tensor([len(span) for span in spans], dtype=torch.int64)
         table[:-1, _PACKET] = torch.repeat_interleave(torch.arange(len(packets)), counts)
         return Layout(table, self.packets[index], self.format, self.dtype)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """``(offset, length, packet)`` of every run of elements that falls into one packet, packet after packet."""
+        return [(int(o), int(n), int(p)) for o, n, p in self.segments[:-1, [_OFFSET, _LENGTH, _PACKET]].tolist()]
+
+    def has_blocks_of(self, other: Layout) -> bool:
+        """Whether each packet has the same elements, in the same blocks, as the other layout's of that number."""
+        if self is other:
+            return True
+        if other not in self._same_blocks:
+            columns = [_OFFSET, _LENGTH, _PACKET, _BLOCK, _ORIGIN]
+            mine, theirs = self.segments[:-1, columns], other.segments[:-1, columns]
+            self._same_blocks[other] = torch.equal(mine, theirs)
+        return self._same_blocks[other]
 
     def block_origins(self) -> Tensor:
         """The origin of every block, int64, packet after packet: where a block of packets stood in the uncut list."""

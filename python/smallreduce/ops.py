@@ -2,9 +2,8 @@
 
 Each writes into tensors that the caller owns and returns nothing. A layout is passed as its two tables on the device
 of the data, and as the sizes that they imply (``extent``, ``blocks``), since tables on a GPU cannot be looked into
-without waiting for it. :func:`encode`, :func:`decode`, :func:`clear`, :func:`reduce` and :func:`reduce_encode`
-take a :class:`~smallreduce._layout.Layout` instead, bring the scratch memory that sparse formats need, and are what the
-layers above call.
+without waiting for it. The functions of this module take a :class:`~smallreduce._layout.Layout` instead, bring the
+scratch memory that sparse formats need, and are what the layers above call.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from smallreduce._layout import BLOCK, COLUMNS, ELEMENT_TYPES, Layout
 from smallreduce._native import native
 
-__all__ = ["clear", "decode", "encode", "reduce", "reduce_encode"]
+__all__ = ["clear", "decode", "decode_add", "encode", "encode_difference", "reduce", "reduce_encode"]
 
 _MASK = (1 << 64) - 1
 
@@ -27,15 +26,19 @@ _LAYOUT = "Tensor segments, Tensor table, int kind, int group, bool hadamard"
 _SCHEMAS = (
     f"encode(Tensor input, Tensor(a!)? residual, {_LAYOUT}, bool stochastic, int extent, int blocks, int seed, "
     "Tensor? step, Tensor(b!) packets, int stride, Tensor(c!)? scratch) -> ()",
+    f"encode_difference(Tensor minuend, Tensor subtrahend, {_LAYOUT}, bool stochastic, int extent, int seed, "
+    "Tensor? step, Tensor(a!) packets, int stride) -> ()",
     f"decode(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error, "
     "Tensor(c!)? scratch) -> ()",
+    f"decode_add(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error) -> ()",
     f"clear(Tensor packets, int stride, {_LAYOUT}, int packet_type, int extent, Tensor(a!) output, Tensor(b!)? error, "
     "Tensor(c!)? scratch) -> ()",
     f"reduce(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, int extent, Tensor(a!) output, "
     "Tensor(b!)? error, Tensor(c!)? scratch) -> ()",
-    f"reduce_encode(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, bool stochastic, "
-    "Tensor(a!)? residual, int blocks, int seed, Tensor? step, Tensor(b!) packet, int element_type, "
-    "Tensor(c!)? error, Tensor(d!)? scratch) -> ()",
+    f"reduce_encode(Tensor packets, int stride, int ranks, float factor, {_LAYOUT}, Tensor into_segments, "
+    "Tensor into_table, int into_kind, int into_group, bool into_hadamard, bool stochastic, Tensor(a!)? residual, "
+    "int blocks, int seed, Tensor? step, Tensor(b!) packet, int nbytes, int element_type, Tensor(c!)? error, "
+    "Tensor(d!)? scratch) -> ()",
 )
 
 _library = torch.library.Library("smallreduce", "DEF")
@@ -121,6 +124,29 @@ def _check_encode(
     _check_packets(packets, "packets", stride, table.shape[0], device)
 
 
+def _check_encode_difference(
+    minuend: Tensor,
+    subtrahend: Tensor,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    extent: int,
+    seed: int,
+    step: Tensor | None,
+    packets: Tensor,
+    stride: int,
+) -> None:
+    device = subtrahend.device
+    _check_elements(subtrahend, "subtrahend", extent, device)
+    _check(minuend, "minuend", torch.float32, extent, device)
+    _check_layout(segments, table, device)
+    _check_optional(None, 0, step, None, None, device)
+    _check_packets(packets, "packets", stride, table.shape[0], device)
+
+
 def _check_decode(
     packets: Tensor,
     stride: int,
@@ -139,6 +165,21 @@ def _check_decode(
     _check_layout(segments, table, device)
     _check_elements(output, "output", extent, device)
     _check_optional(None, 0, None, error, scratch, device)
+
+
+def _check_decode_add(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    _check_decode(packets, stride, segments, table, kind, group, hadamard, extent, output, error, None)
 
 
 def _check_clear(
@@ -191,12 +232,18 @@ def _check_reduce_encode(
     kind: int,
     group: int,
     hadamard: bool,
+    into_segments: Tensor,
+    into_table: Tensor,
+    into_kind: int,
+    into_group: int,
+    into_hadamard: bool,
     stochastic: bool,
     residual: Tensor | None,
     blocks: int,
     seed: int,
     step: Tensor | None,
     packet: Tensor,
+    nbytes: int,
     element_type: int,
     error: Tensor | None,
     scratch: Tensor | None,
@@ -205,8 +252,15 @@ def _check_reduce_encode(
     _check_packets(packets, "packets", stride, ranks, device)
     _check_layout(segments, table, device)
     _check_one_packet(table)
+    _check_layout(into_segments, into_table, device)
+    _check_one_packet(into_table)
+    if into_segments.shape != segments.shape:
+        raise ValueError(
+            f"the packet written must have the {segments.shape[0] - 1} segments of those read, "
+            f"got {into_segments.shape[0] - 1}"
+        )
     _check_optional(residual, blocks, step, error, scratch, device)
-    _check(packet, "packet", torch.uint8, stride, device)
+    _check(packet, "packet", torch.uint8, nbytes, device)
 
 
 def _check_one_packet(table: Tensor) -> None:
@@ -290,6 +344,28 @@ def _encode(
     )  # fmt: skip
 
 
+def _encode_difference(
+    minuend: Tensor,
+    subtrahend: Tensor,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    extent: int,
+    seed: int,
+    step: Tensor | None,
+    packets: Tensor,
+    stride: int,
+) -> None:
+    _launch(
+        "encode_difference", subtrahend.device, minuend.data_ptr(), subtrahend.data_ptr(),
+        ELEMENT_TYPES[subtrahend.dtype], *_tables(segments, table), kind, group, hadamard, stochastic, seed & _MASK,
+        _step(step), packets.data_ptr(), stride,
+    )  # fmt: skip
+
+
 def _decode(
     packets: Tensor,
     stride: int,
@@ -306,6 +382,24 @@ def _decode(
     _launch(
         "decode", packets.device, packets.data_ptr(), stride, *_tables(segments, table), kind, group, hadamard,
         output.data_ptr(), ELEMENT_TYPES[output.dtype], *_scratch(scratch), *_error(packets.device, error),
+    )  # fmt: skip
+
+
+def _decode_add(
+    packets: Tensor,
+    stride: int,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    extent: int,
+    output: Tensor,
+    error: Tensor | None,
+) -> None:
+    _launch(
+        "decode_add", packets.device, packets.data_ptr(), stride, *_tables(segments, table), kind, group, hadamard,
+        output.data_ptr(), ELEMENT_TYPES[output.dtype], *_error(packets.device, error),
     )  # fmt: skip
 
 
@@ -362,20 +456,27 @@ def _reduce_encode(
     kind: int,
     group: int,
     hadamard: bool,
+    into_segments: Tensor,
+    into_table: Tensor,
+    into_kind: int,
+    into_group: int,
+    into_hadamard: bool,
     stochastic: bool,
     residual: Tensor | None,
     blocks: int,
     seed: int,
     step: Tensor | None,
     packet: Tensor,
+    nbytes: int,
     element_type: int,
     error: Tensor | None,
     scratch: Tensor | None,
 ) -> None:
     _launch(
         "reduce_encode", packets.device, packets.data_ptr(), stride, ranks, factor, *_tables(segments, table), kind,
-        group, hadamard, stochastic, _pointer(residual), seed & _MASK, _step(step), packet.data_ptr(), element_type,
-        *_scratch(scratch), *_error(packets.device, error),
+        group, hadamard, *_tables(into_segments, into_table), into_kind, into_group, into_hadamard, stochastic,
+        _pointer(residual), seed & _MASK, _step(step), packet.data_ptr(), nbytes, element_type, *_scratch(scratch),
+        *_error(packets.device, error),
     )  # fmt: skip
 
 
@@ -399,7 +500,9 @@ def _register(name: str, check: Callable[..., None], launch: Callable[..., None]
 
 
 _register("encode", _check_encode, _encode)
+_register("encode_difference", _check_encode_difference, _encode_difference)
 _register("decode", _check_decode, _decode)
+_register("decode_add", _check_decode_add, _decode_add)
 _register("clear", _check_clear, _clear)
 _register("reduce", _check_reduce, _reduce)
 _register("reduce_encode", _check_reduce_encode, _reduce_encode)
@@ -432,6 +535,31 @@ def _check_dtype(tensor: Tensor, layout: Layout) -> None:
         raise TypeError(f"the layout is for {layout.dtype}, got a tensor of {tensor.dtype}")
 
 
+def _check_dense(layout: Layout, what: str) -> None:
+    if layout.format.is_sparse:
+        raise ValueError(f"{_describe(layout)}: packets of a sparse codec {what}; use one that sends every element")
+
+
+def _describe(layout: Layout) -> str:
+    kind, group, hadamard, _, _ = layout.format
+    return native.describe_format(kind, group, hadamard, ELEMENT_TYPES[layout.dtype])
+
+
+def _check_into(layout: Layout, into: Layout) -> None:
+    """That packets of ``layout`` can be summed into one of ``into``."""
+    if into is layout:
+        return
+    both = f"packets of {_describe(layout)} cannot be summed into one of {_describe(into)}"
+    if layout.format.is_sparse or into.format.is_sparse:
+        raise ValueError(f"{both}: where the formats differ, both must send every element")
+    if layout.format.hadamard != into.format.hadamard:
+        raise ValueError(f"{both}: both must have the Hadamard transform, or neither")
+    if layout.dtype != into.dtype:
+        raise TypeError(f"{both}: the dtypes differ")
+    if not into.has_blocks_of(layout):
+        raise ValueError(f"{both}: the layouts have different segments, or cut them elsewhere")
+
+
 def encode(
     input: Tensor,
     layout: Layout,
@@ -460,6 +588,36 @@ def encode(
     )  # fmt: skip
 
 
+def encode_difference(
+    minuend: Tensor,
+    subtrahend: Tensor,
+    layout: Layout,
+    packets: Tensor,
+    seed: int = 0,
+    step: Tensor | None = None,
+) -> None:
+    """Encodes ``minuend - subtrahend``, subtracted in fp32, into ``packets``, ``layout.stride`` bytes apart.
+
+    Every code and scale is what :func:`encode` would make of the fp32 buffer of the differences. What the packets say
+    of their buffer is ``layout.dtype``: they are for :func:`decode_add` to one of that type. Weight differences, as
+    SDP4Bit sends them (arXiv:2410.15526, Algorithm 2).
+
+    Args:
+        minuend: Contiguous, fp32.
+        subtrahend: Contiguous, of ``layout.dtype``. Both are indexed by the segments of ``layout``.
+        layout: Of a codec that sends every element.
+        packets, seed, step: As for :func:`encode`.
+    """
+    _check_dense(layout, "cannot hold a difference")
+    _check_dtype(subtrahend, layout)
+    segments, table = layout.on(subtrahend.device)
+    kind, group, hadamard, stochastic, _ = layout.format
+    torch.ops.smallreduce.encode_difference(
+        minuend, subtrahend, segments, table, kind, group, hadamard, stochastic, layout.extent, _signed(seed), step,
+        packets, layout.stride,
+    )  # fmt: skip
+
+
 def decode(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None = None) -> None:
     """Decodes ``packets``, ``layout.stride`` bytes apart, into the segments of ``output``.
 
@@ -473,6 +631,20 @@ def decode(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None
         packets, layout.stride, segments, table, kind, group, hadamard, layout.extent, output, error,
         _scratch_for(layout, packets.device),
     )  # fmt: skip
+
+
+def decode_add(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None = None) -> None:
+    """As :func:`decode`, but adds what it decodes, in fp32, to what the segments of ``output`` hold.
+
+    The sum is rounded to ``layout.dtype`` once; that of two finite values saturates. A codec that sends every element.
+    """
+    _check_dense(layout, "cannot be added")
+    _check_dtype(output, layout)
+    segments, table = layout.on(packets.device)
+    kind, group, hadamard, _, _ = layout.format
+    torch.ops.smallreduce.decode_add(
+        packets, layout.stride, segments, table, kind, group, hadamard, layout.extent, output, error
+    )
 
 
 def clear(packets: Tensor, layout: Layout, output: Tensor, error: Tensor | None = None) -> None:
@@ -522,16 +694,24 @@ def reduce_encode(
     seed: int = 0,
     step: Tensor | None = None,
     error: Tensor | None = None,
+    into: Layout | None = None,
 ) -> None:
-    """As :func:`reduce`, but encodes the sum again into ``packet`` (``layout.nbytes[0]`` bytes).
+    """As :func:`reduce`, but encodes the sum again into ``packet`` (``into.nbytes[0]`` bytes at least).
 
-    ``residual`` is fp32 in the order of the packet's blocks (``32 * layout.blocks``), in the codec's domain. ``packet``
-    has ``stride`` bytes, of which the first ``layout.nbytes[0]`` are written.
+    ``into`` is the layout of the packet written, None for that of the packets read. They may differ in kind, among the
+    codecs that send every element, in group and in rounding; the segments are the same, and either both have the
+    Hadamard transform, in whose domain the sum stays, or neither. ``residual`` is fp32 in the order of the packet's
+    blocks (``32 * layout.blocks``), in the codec's domain.
     """
     _check_stride(stride, layout)
+    into = layout if into is None else into
+    _check_into(layout, into)
     segments, table = layout.on(packets.device)
-    kind, group, hadamard, stochastic, _ = layout.format
+    into_segments, into_table = into.on(packets.device)
+    kind, group, hadamard, _, _ = layout.format
     torch.ops.smallreduce.reduce_encode(
-        packets, stride, ranks, factor, segments, table, kind, group, hadamard, stochastic, residual, layout.blocks,
-        _signed(seed), step, packet, ELEMENT_TYPES[layout.dtype], error, _scratch_for(layout, packets.device, ranks),
+        packets, stride, ranks, factor, segments, table, kind, group, hadamard, into_segments, into_table,
+        into.format.kind, into.format.group, into.format.hadamard, into.format.stochastic, residual, into.blocks,
+        _signed(seed), step, packet, into.stride, ELEMENT_TYPES[layout.dtype], error,
+        _scratch_for(layout, packets.device, ranks),
     )  # fmt: skip

@@ -49,11 +49,12 @@ struct Case {
   }
 };
 
+bool is_integer(Kind kind) { return kind == Kind::kInt2 || kind == Kind::kInt4 || kind == Kind::kInt8; }
+
 Case random_case(Random& random) {
   // Mostly sparse packets, of which more can be wrong than of the others.
   Kind kind = kKinds[random() % 4 != 0 ? random() % 3 : random() % std::size(kKinds)];
-  bool is_integer = kind == Kind::kInt2 || kind == Kind::kInt4 || kind == Kind::kInt8;
-  Format format{kind, 32 * (1 + below(random, 4)), is_integer && random() % 2 == 0, random() % 2 == 0};
+  Format format{kind, 32 * (1 + below(random, 4)), is_integer(kind) && random() % 2 == 0, random() % 2 == 0};
   Case made{format, kTypes[random() % 3], {}, 0};
   // One packet, which is what can be reduced, or several: cut evenly, or of whole segments.
   int64_t packet_count = random() % 4 != 0 ? 1 : 2 + below(random, 2);
@@ -73,6 +74,25 @@ Case random_case(Random& random) {
   made.tables = build_layout(offsets, lengths, packet_of, packet_count, made.format,
                              {1 + below(random, denominator), denominator}, made.type);
   return made;
+}
+
+// A format that a sum of such packets may be written in: another one, where every element is sent.
+Format random_written(Random& random, const Format& read) {
+  if (is_sparse(read.kind)) return read;
+  Kind kind = kKinds[3 + random() % (std::size(kKinds) - 3)];
+  if (read.hadamard && !is_integer(kind)) kind = Kind::kInt4;
+  return {kind, 32 * (1 + below(random, 4)), read.hadamard, random() % 2 == 0};
+}
+
+// The tables of the one packet of `made` in another format.
+LayoutTables tables_of(const Case& made, const Format& format) {
+  if (is_sparse(format.kind)) return made.tables;
+  std::vector<int64_t> offsets, lengths;
+  for (size_t i = 0; i + 1 < made.tables.segments.size(); ++i) {
+    offsets.push_back(made.tables.segments[i].offset);
+    lengths.push_back(made.tables.segments[i].length);
+  }
+  return build_layout(offsets, lengths, std::nullopt, 1, format, {1, 1}, made.type);
 }
 
 // Damages the packet; false if it was left as it is.
@@ -173,6 +193,10 @@ void run_one(uint64_t seed, Counts& counts) {
                  stride, scratch.get()},
                 threads);
     expect_finite(residual, seed);
+    if (is_sparse(kind)) continue;
+    std::vector<float> minuend(size_t(made.extent), float(r));
+    cpu::encode_difference(
+        {minuend.data(), input.get(), made.type, layout, made.format, seed, 0, packets + r * stride, stride}, threads);
   }
   for (int64_t p = 0; p < packet_count; ++p) {
     damaged |= damage(random, made, layout.packets[p % layout.packet_count], packets + p * stride);
@@ -185,7 +209,11 @@ void run_one(uint64_t seed, Counts& counts) {
   expect(decodes(output.get(), output_nbytes, seed, [&] {
     cpu::decode({packets, stride, layout, made.format, output.get(), made.type, scratch.get()}, threads);
   }));
-  if (is_sparse(kind)) {
+  if (!is_sparse(kind)) {
+    expect(decodes(output.get(), output_nbytes, seed, [&] {
+      cpu::decode({packets, stride, layout, made.format, output.get(), made.type, nullptr, true}, threads);
+    }));
+  } else {
     expect(decodes(output.get(), output_nbytes, seed, [&] {
       cpu::clear({packets, stride, layout, made.format, output.get(), made.type, scratch.get()}, made.type, threads);
     }));
@@ -196,18 +224,22 @@ void run_one(uint64_t seed, Counts& counts) {
   }));
   Residual residual = random_residual(random, layout.packets[0].blocks);
   std::vector<float> before(residual.values.get(), residual.values ? residual.values.get() + residual.count : nullptr);
-  Bytes reduced = bytes(skip + last_nbytes);
+  Format written = random_written(random, made.format);
+  LayoutTables tables = tables_of(made, written);
+  Layout into{tables.segments.data(), layout.segment_count, tables.packets.data(), 1};
+  int64_t reduced_nbytes = tables.packets[0].nbytes;
+  Bytes reduced = bytes(skip + reduced_nbytes);
   uint8_t* packet = reduced.get() + skip;
-  bool encoded = expect(decodes(packet, last_nbytes, seed, [&] {
-    cpu::reduce_encode(
-        {packets, ranks, stride, 0.5f, layout, made.format, residual.values.get(), seed, 0, packet, scratch.get()},
-        made.type, threads);
+  bool encoded = expect(decodes(packet, reduced_nbytes, seed, [&] {
+    cpu::reduce_encode({packets, ranks, stride, 0.5f, layout, made.format, into, written, residual.values.get(), seed,
+                        0, packet, reduced_nbytes, scratch.get()},
+                       made.type, threads);
   }));
   if (encoded) {
     expect_finite(residual, seed);
     // What was made of whatever came in is right in form.
     if (!decodes(output.get(), output_nbytes, seed, [&] {
-          cpu::decode({packet, last_nbytes, layout, made.format, output.get(), made.type, scratch.get()}, threads);
+          cpu::decode({packet, reduced_nbytes, into, written, output.get(), made.type, scratch.get()}, threads);
         })) {
       fail("a packet was made that is not right", seed);
     }

@@ -192,21 +192,53 @@ def encode(
     values = to_float(buffer, element)
     with np.errstate(all="ignore"):
         for packet in packets:
-            v = np.zeros((packet.block_count, BLOCK), np.float32)
-            v[packet.present] = values[packet.index[packet.present]]
+            v = _blocks(values, packet)
             if residual is not None:
                 e = residual.reshape(-1, BLOCK)[packet.origin]
                 v = np.where(packet.present, add_residual(v, e), np.float32(0))
-            transformed = _forward(v) if codec.hadamard else v
-            random = random_bits(seed, step, packet.origin) if stochastic else None
-            counts = packet.group_sums(packet.present)
-            data, q, kept = _encode_blocks(transformed, packet, codec, element, counts, random)
+            data, q, kept = _encode_elements(v, packet, codec, element, stochastic, seed, step)
             out.append(data)
             if new is not None:
                 d = _inverse(q) if codec.hadamard else q
                 after = np.where(kept | ~packet.present, e, limit(v - d))
                 new.reshape(-1, BLOCK)[packet.origin] = after
     return out, new
+
+
+def encode_difference(
+    minuend: F32,
+    subtrahend: Bits,
+    packets: Sequence[Packet],
+    codec: Codec,
+    element: ElementType,
+    *,
+    stochastic: bool = False,
+    seed: int = 0,
+    step: int = 0,
+) -> list[bytes]:
+    """Encode what an fp32 buffer has more than one of `element`, the type that the tag names."""
+    with np.errstate(all="ignore"):
+        values = minuend - to_float(subtrahend, element)
+        return [
+            _encode_elements(_blocks(values, packet), packet, codec, element, stochastic, seed, step)[0]
+            for packet in packets
+        ]
+
+
+def _blocks(values: F32, packet: Packet) -> F32:
+    """The elements of the packet, [B, 32], the missing ones +0."""
+    v = np.zeros((packet.block_count, BLOCK), np.float32)
+    v[packet.present] = values[packet.index[packet.present]]
+    return v
+
+
+def _encode_elements(
+    v: F32, packet: Packet, codec: Codec, element: ElementType, stochastic: bool, seed: int, step: int
+) -> tuple[bytes, F32, npt.NDArray[np.bool_]]:
+    """As `_encode_blocks`, of values not yet transformed."""
+    transformed = _forward(v) if codec.hadamard else v
+    random = random_bits(seed, step, packet.origin) if stochastic else None
+    return _encode_blocks(transformed, packet, codec, element, packet.group_sums(packet.present), random)
 
 
 # Section 9: decoding and reducing.
@@ -218,6 +250,21 @@ def decode(data: Sequence[bytes], packets: Sequence[Packet], codec: Codec, eleme
     with np.errstate(all="ignore"):
         for packet, (scale, code) in zip(packets, parsed, strict=True):
             _store(code * scale, packet, codec, element, output)
+
+
+def decode_add(
+    data: Sequence[bytes], packets: Sequence[Packet], codec: Codec, element: ElementType, output: Bits
+) -> None:
+    """Add the elements of every packet to those of `output`."""
+    parsed = [_parse(each, packet, codec, element) for each, packet in zip(data, packets, strict=True)]
+    with np.errstate(all="ignore"):
+        for packet, (scale, code) in zip(packets, parsed, strict=True):
+            q = code * scale
+            d = (_inverse(q) if codec.hadamard else q)[packet.present]
+            index = packet.index[packet.present]
+            x = to_float(output[index], element)
+            total = np.where(np.isfinite(x) & np.isfinite(d), limit(x + d), x + d)
+            output[index] = from_float(total, element)
 
 
 def _store(q: F32, packet: Packet, codec: Codec, element: ElementType, output: Bits) -> None:
@@ -250,14 +297,17 @@ def reduce_encode(
     codec: Codec,
     element: ElementType,
     *,
+    into: tuple[Packet, Codec] | None = None,
     stochastic: bool = False,
     seed: int = 0,
     step: int = 0,
     residual: F32 | None = None,
 ) -> tuple[bytes, F32 | None]:
-    """Add the packets of all ranks and encode the sum; the residual is in the order of the packet's blocks."""
+    """Add the packets of all ranks and encode the sum, in the format `into` where that is another; the residual is in
+    the order of the packet's blocks."""
     with np.errstate(all="ignore"):
         v = _accumulate(data, factor, packet, codec, element)
+        packet, codec = into or (packet, codec)
         data_present = packet.present | codec.hadamard
         v = np.where(data_present, v, np.float32(0))
         if residual is not None:

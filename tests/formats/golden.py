@@ -379,3 +379,25 @@ GOLDEN = [
         [],
     ),
 ]
+
+
+@dataclass(frozen=True)
+class GoldenSum:
+    """Packets that are summed, each this one, with a factor that makes the sum one of them, and the sum encoded."""
+
+    read: Codec
+    packet: bytes
+    written: Codec
+    sum: bytes
+
+
+# 127 -127 1 -1 0 1 0 2 63: 127/7 rounds up to the scale 4192, 18.25, of which 63 is 3.45 steps.
+INTO_INT4 = GoldenSum(
+    int_quant(8, group=32),
+    GOLDEN[0].bytes,
+    int_quant(4, group=32),
+    bytes.fromhex(
+        """59bb76dac6b637cc 534d523114000100 92410000000000000000000000000000
+        8f81888888888888 8b88888888888888"""
+    ),
+)

@@ -27,7 +27,7 @@ from formats.conversions import (
     from_float,
     to_float,
 )
-from formats.dense import collective_seed, random_bits, transform
+from formats.dense import collective_seed, decode_add, encode_difference, random_bits, transform
 from formats.packets import (
     BLOCK,
     HEADER_NBYTES,
@@ -50,8 +50,8 @@ from formats.sparse import clear
 __all__ = [
     "BF16", "BLOCK", "BUFFER_TYPES", "Bits", "CAST_TYPES", "Codec", "E4M3", "E5M2", "ElementType", "F32", "FP16",
     "FP32", "HEADER_NBYTES", "Packet", "Segment", "assemble", "cast", "clear", "collective_seed", "cut", "decode",
-    "encode", "from_float", "header", "int_quant", "mix64", "random_bits", "reduce", "reduce_encode", "sections",
-    "sign", "tag", "to_float", "topk", "transform",
+    "decode_add", "encode", "encode_difference", "from_float", "header", "int_quant", "mix64", "random_bits",
+    "reduce", "reduce_encode", "sections", "sign", "tag", "to_float", "topk", "transform",
 ]  # fmt: skip
 
 
@@ -94,14 +94,16 @@ def reduce_encode(
     codec: Codec,
     element: ElementType,
     *,
+    into: tuple[Packet, Codec] | None = None,
     stochastic: bool = False,
     seed: int = 0,
     step: int = 0,
     residual: F32 | None = None,
 ) -> tuple[bytes, F32 | None]:
-    """Add the packets of all ranks and encode the sum; the residual is in the order of the packet's blocks."""
+    """Add the packets of all ranks and encode the sum, in the format `into` where that is another (no TopK); the
+    residual is in the order of the packet's blocks."""
     if codec.is_sparse:
         return sparse.reduce_encode(data, factor, packet, codec, element, residual=residual)
     return dense.reduce_encode(
-        data, factor, packet, codec, element, stochastic=stochastic, seed=seed, step=step, residual=residual
+        data, factor, packet, codec, element, into=into, stochastic=stochastic, seed=seed, step=step, residual=residual
     )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from formats import reference
-from formats.golden import GOLDEN, Golden
+from formats.golden import GOLDEN, INTO_INT4, Golden
+from formats.reference import FP32
 
 EACH = pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
 
@@ -34,6 +35,14 @@ def test_decoding_gives_the_pinned_values(golden: Golden) -> None:
     reference.decode([golden.bytes], packets, golden.codec, golden.element, output)
     expected = reference.from_float(np.array(golden.decoded, np.float32), golden.element)
     np.testing.assert_array_equal(output, expected)
+
+
+def test_a_sum_in_another_format_gives_the_pinned_packet() -> None:
+    (read,), (written,) = (reference.cut([(0, 9)], codec.group) for codec in (INTO_INT4.read, INTO_INT4.written))
+    data, _ = reference.reduce_encode(
+        [INTO_INT4.packet] * 2, 0.5, read, INTO_INT4.read, FP32, into=(written, INTO_INT4.written)
+    )
+    assert data.hex() == INTO_INT4.sum.hex()
 
 
 def test_mix64() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -233,6 +233,11 @@ class Table:
 
     def cut(self, codec: Codec) -> list[reference.Packet]:
         return _cut(self, codec.group)
+
+    def with_whole_segments(self) -> Table:
+        """The same segments, each whole in one packet, so that codecs with other groups are cut alike."""
+        count = max(len(self.segments), 1)
+        return replace(self, packet_of=tuple(i * self.packets // count for i in range(len(self.segments))))
 
     @property
     def blocks(self) -> int:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from formats import reference
-from formats.reference import F32, Bits, Codec, ElementType
+from formats.reference import F32, FP32, Bits, Codec, ElementType
 from kernels import cases
-from kernels.cases import Guarded, Table
+from kernels.cases import CODECS, Guarded, Table
 from kernels.native import Kernels, Layout, build_layout
 
 U8 = npt.NDArray[np.uint8]
@@ -142,6 +142,57 @@ def _expected_encoding(case: Case, with_residual: bool) -> tuple[list[bytes], F3
     )
 
 
+def check_encode_difference(module: Any, kernels: Kernels, case: Case) -> None:
+    layout = layout_of(module, case)
+    minuend, expected = _expected_difference(case)
+    minuend_guard, new = cases.guarded_copy(minuend, case.skip)
+    subtrahend_guard, old = cases.guarded_copy(case.buffer, case.skip)
+    out = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    kernels.encode_difference(
+        new.view(np.float32), old, case.element, layout, case.codec, out.bytes, out.stride,
+        stochastic=case.stochastic, seed=case.random_seed, step=case.step,
+    )  # fmt: skip
+    out.assert_holds(expected, "packet")
+    assert_same(new, minuend, "minuend")
+    assert_same(old, case.buffer, "subtrahend")
+    minuend_guard.assert_intact()
+    subtrahend_guard.assert_intact()
+
+
+@functools.lru_cache(maxsize=2)
+def _expected_difference(case: Case) -> tuple[F32, list[bytes]]:
+    """The minuend, mostly close to the subtrahend, and the packets."""
+    old = reference.to_float(case.buffer, case.element)
+    rest = cases.contents(case.contents, case.seed + 500, case.table.numel, FP32).view(np.float32)
+    with np.errstate(all="ignore"):
+        minuend = np.where(np.arange(len(old)) % 7 == 0, rest, old + rest * np.float32(2.0**-6))
+    return minuend, reference.encode_difference(
+        minuend,
+        case.buffer,
+        case.table.cut(case.codec),
+        case.codec,
+        case.element,
+        stochastic=case.stochastic,
+        seed=case.random_seed,
+        step=case.step,
+    )
+
+
+def check_decode_add(module: Any, kernels: Kernels, case: Case) -> None:
+    layout = layout_of(module, case)
+    data = case.encoded()
+    before = cases.contents(case.contents, case.seed + 77, case.table.numel, case.element)
+    expected = before.copy()
+    reference.decode_add(data, case.table.cut(case.codec), case.codec, case.element, expected)
+    packets = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    packets.fill(data)
+    guard, output = cases.guarded_copy(before, case.skip)
+    kernels.decode_add(packets.bytes, packets.stride, layout, case.codec, output, case.element)
+    guard.assert_intact()
+    assert_same(output, expected, "output")
+    packets.assert_holds(data, "input")
+
+
 def check_decode(module: Any, kernels: Kernels, case: Case) -> None:
     layout = layout_of(module, case)
     data = case.encoded()
@@ -183,9 +234,20 @@ def check_reduce(module: Any, kernels: Kernels, case: Case, ranks: int, factor: 
 
 
 def check_reduce_encode(
-    module: Any, kernels: Kernels, case: Case, ranks: int, factor: float, *, with_residual: bool = False
+    module: Any,
+    kernels: Kernels,
+    case: Case,
+    ranks: int,
+    factor: float,
+    *,
+    with_residual: bool = False,
+    into: Codec | None = None,
 ) -> None:
+    into = into or case.codec
+    into_case = replace(case, codec=into)
+    into_packets, into_layout = case.table.cut(into), layout_of(module, into_case)
     for p, (packet, layout, data, memory) in enumerate(_reductions(module, case, ranks)):
+        assert packet.segments == into_packets[p].segments
         before = None
         if with_residual:
             before = cases.residual(case.contents, case.seed + p, packet.block_count)
@@ -197,15 +259,18 @@ def check_reduce_encode(
             packet,
             case.codec,
             case.element,
+            into=(into_packets[p], into),
             stochastic=case.stochastic,
             seed=case.random_seed,
             step=case.step,
             residual=before,
         )
         guard, residual = _residual_memory(before)
-        out = PacketMemory(layout.nbytes, case.packet_skip, 0)
+        written = into_layout.only(p)
+        out = PacketMemory(written.nbytes, case.packet_skip, 0)
         kernels.reduce_encode(
             memory.bytes, memory.stride, ranks, factor, layout, case.codec, out.bytes, case.element,
+            into=(written, into),
             residual=residual, stochastic=case.stochastic, seed=case.random_seed, step=case.step,
         )  # fmt: skip
         out.assert_holds([expected], f"sum of packet {p}")
@@ -213,6 +278,19 @@ def check_reduce_encode(
             assert after is not None
             guard.assert_intact()
             assert_same(residual, after, f"residual of packet {p}")
+
+
+# Beside the usual codecs a long group with Hadamard.
+_INTO = [*CODECS.values(), reference.int_quant(4, group=2048, hadamard=True)]
+
+
+def check_reduce_encode_into(module: Any, kernels: Kernels, case: Case, ranks: int, factor: float) -> None:
+    """Into a packet of another codec, each in its turn as the case's seed says, with a residual and without."""
+    others = [codec for codec in _INTO if codec.hadamard == case.codec.hadamard and codec != case.codec]
+    into = others[case.seed % len(others)]
+    case = replace(case, table=case.table.with_whole_segments())
+    with_residual = case.seed // len(others) % 2 == 1
+    check_reduce_encode(module, kernels, case, ranks, factor, with_residual=with_residual, into=into)
 
 
 def _reductions(

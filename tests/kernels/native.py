@@ -112,6 +112,16 @@ class Kernels:
                 stochastic, seed, at, address(out), stride, *scratch, checked=False,
             )  # fmt: skip
 
+    def encode_difference(
+        self, minuend: F32, subtrahend: Bits, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int,
+        *, stochastic: bool = False, seed: int = 0, step: int = 0,
+    ) -> None:  # fmt: skip
+        with self._step(step) as at:
+            self._call(
+                "encode_difference", address(minuend), address(subtrahend), type_number(element), *layout.arguments,
+                *packing(codec), stochastic, seed, at, address(out), stride, checked=False,
+            )  # fmt: skip
+
     def decode(
         self, packets: U8, stride: int, layout: Layout, codec: Codec, output: Bits, element: ElementType
     ) -> None:
@@ -120,6 +130,14 @@ class Kernels:
                 "decode", address(packets), stride, *layout.arguments, *packing(codec), address(output),
                 type_number(element), *scratch,
             )  # fmt: skip
+
+    def decode_add(
+        self, packets: U8, stride: int, layout: Layout, codec: Codec, output: Bits, element: ElementType
+    ) -> None:
+        self._call(
+            "decode_add", address(packets), stride, *layout.arguments, *packing(codec), address(output),
+            type_number(element),
+        )  # fmt: skip
 
     def clear(
         self, packets: U8, stride: int, layout: Layout, codec: Codec, packet_type: ElementType, output: Bits,
@@ -143,13 +161,16 @@ class Kernels:
 
     def reduce_encode(
         self, packets: U8, stride: int, ranks: int, factor: float, layout: Layout, codec: Codec, out: U8,
-        element: ElementType, *,
+        element: ElementType, *, into: tuple[Layout, Codec] | None = None,
         residual: F32 | None = None, stochastic: bool = False, seed: int = 0, step: int = 0,
     ) -> None:  # fmt: skip
+        """`out` is whole, and of the layout and codec `into`; None: those of the packets read."""
+        into_layout, into_codec = into or (layout, codec)
         with self._scratch(layout, codec, ranks) as scratch, self._step(step) as at:
             self._call(
                 "reduce_encode", address(packets), stride, ranks, factor, *layout.arguments, *packing(codec),
-                stochastic, address(residual), seed, at, address(out), type_number(element), *scratch,
+                *into_layout.arguments, *packing(into_codec), stochastic, address(residual), seed, at, address(out),
+                out.nbytes, type_number(element), *scratch,
             )  # fmt: skip
 
     def _scratch_nbytes(self, layout: Layout, ranks: int) -> int:

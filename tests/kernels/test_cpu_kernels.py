@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from formats import reference
-from formats.golden import GOLDEN, Golden
+from formats.golden import GOLDEN, INTO_INT4, Golden
 from formats.reference import BF16, E4M3, FP16, FP32
 from kernels import cases
 from kernels.cases import CODECS, CONTENTS, ELEMENTS, Table
@@ -21,9 +21,12 @@ from kernels.equality import (
     PacketMemory,
     assert_same,
     check_decode,
+    check_decode_add,
     check_encode,
+    check_encode_difference,
     check_reduce,
     check_reduce_encode,
+    check_reduce_encode_into,
     layout_of,
 )
 from kernels.native import SEGMENT_FIELDS, CpuKernels, build_layout
@@ -47,12 +50,15 @@ ONE_THREAD = CpuKernels(_C)
 KERNELS: dict[str, Callable[[CpuKernels, Case], None]] = {
     "encode": lambda kernels, case: check_encode(_C, kernels, case),
     "encode-residual": lambda kernels, case: check_encode(_C, kernels, case, with_residual=True),
+    "encode-difference": lambda kernels, case: check_encode_difference(_C, kernels, case),
     "decode": lambda kernels, case: check_decode(_C, kernels, case),
+    "decode-add": lambda kernels, case: check_decode_add(_C, kernels, case),
     "reduce": lambda kernels, case: check_reduce(_C, kernels, case, 3, 1 / 3),
     "reduce-encode": lambda kernels, case: check_reduce_encode(_C, kernels, case, 2, 1.0),
     "reduce-encode-residual": lambda kernels, case: check_reduce_encode(
         _C, kernels, case, 3, 1 / 3, with_residual=True
     ),
+    "reduce-encode-into": lambda kernels, case: check_reduce_encode_into(_C, kernels, case, 3, 1 / 3),
 }
 
 EACH_CODEC = pytest.mark.parametrize("codec", CODECS)
@@ -190,6 +196,39 @@ def test_golden_packets(isa: str, golden: Golden) -> None:
     assert_same(output, reference.from_float(np.array(golden.decoded, np.float32), golden.element), "decoded")
 
 
+@pytest.mark.parametrize("golden", [g for g in GOLDEN if not g.codec.is_sparse], ids=lambda golden: golden.name)
+def test_golden_packets_of_differences(isa: str, golden: Golden) -> None:
+    """The difference from zeros is the buffer itself; added to zeros (-0, which changes no sign), it is decoded."""
+    minuend = reference.to_float(
+        reference.from_float(np.array(golden.values, np.float32), golden.element), golden.element
+    )
+    zeros = np.zeros(len(minuend), golden.element.dtype)
+    layout = build_layout(_C, golden.table, golden.codec, golden.element)
+    out = PacketMemory(layout.nbytes, 0, 0)
+    ONE_THREAD.encode_difference(
+        minuend, zeros, golden.element, layout, golden.codec, out.bytes, out.stride,
+        stochastic=golden.stochastic, seed=golden.seed, step=golden.step,
+    )  # fmt: skip
+    out.assert_holds([golden.bytes], "packet")
+    output = zeros | golden.element.sign
+    ONE_THREAD.decode_add(out.bytes, out.stride, layout, golden.codec, output, golden.element)
+    expected = reference.from_float(np.array(golden.decoded, np.float32), golden.element)
+    for offset, length in golden.table:
+        assert_same(output[offset : offset + length], expected[offset : offset + length], "sum")
+
+
+def test_golden_sum_in_another_format(isa: str) -> None:
+    layouts = [build_layout(_C, [(0, 9)], codec, FP32) for codec in (INTO_INT4.read, INTO_INT4.written)]
+    memory = PacketMemory(layouts[0].nbytes * 2, 0, 0)
+    memory.fill([INTO_INT4.packet] * 2)
+    out = PacketMemory(layouts[1].nbytes, 0, 0)
+    ONE_THREAD.reduce_encode(
+        memory.bytes, memory.stride, 2, 0.5, layouts[0], INTO_INT4.read, out.bytes, FP32,
+        into=(layouts[1], INTO_INT4.written),
+    )  # fmt: skip
+    out.assert_holds([INTO_INT4.sum], "packet")
+
+
 # What a packet from the network may hold.
 
 # Zero, denormals, the smallest and the largest scale, Inf, NaN, and with a sign.
@@ -245,6 +284,12 @@ def test_any_scale_and_any_code_decode_as_in_the_reference(isa: str, codec: str,
         out.assert_holds([again], "encoded sum")
         assert_same(before, after, "residual")
 
+        output = cases.contents("wide", seed, case.table.numel, case.element)
+        expected = output.copy()
+        reference.decode_add(ranks[:1], [packet], case.codec, case.element, expected)
+        ONE_THREAD.decode_add(memory.bytes, memory.stride, layout, case.codec, output, case.element)
+        assert_same(output, expected, "added")
+
 
 REFUSED_CASE = Case(CODECS["int4"], FP32, "normal", cases.flat(1000, packets=3))
 
@@ -258,13 +303,14 @@ def corrupt(case: Case, packet: int, byte: int) -> PacketMemory:
 
 
 def assert_refused_everywhere(packets: PacketMemory, case: Case) -> None:
-    """Decode, and reduce and reduce_encode of the layout's last packet, raise and write nothing."""
+    """To decode and to add raise and write nothing."""
     layout = layout_of(_C, case)
     output = cases.contents("any-bits", 1, case.table.numel, case.element)
     before = output.copy()
-    with pytest.raises(ValueError):
-        ONE_THREAD.decode(packets.bytes, packets.stride, layout, case.codec, output, case.element)
-    assert_same(output, before, "output")
+    for decode in (ONE_THREAD.decode, ONE_THREAD.decode_add):
+        with pytest.raises(ValueError):
+            decode(packets.bytes, packets.stride, layout, case.codec, output, case.element)
+        assert_same(output, before, "output")
 
 
 @pytest.mark.parametrize("packet", [0, 1, 2])
@@ -333,7 +379,10 @@ def test_packets_too_short_are_refused(missing: int) -> None:
     with pytest.raises(ValueError):
         ONE_THREAD.encode(case.buffer, FP32, layout, case.codec, out.bytes, stride)
     with pytest.raises(ValueError):
-        ONE_THREAD.decode(memory.bytes, stride, layout, case.codec, output, FP32)
+        ONE_THREAD.encode_difference(output.view(np.float32), output, FP32, layout, case.codec, out.bytes, stride)
+    for decode in (ONE_THREAD.decode, ONE_THREAD.decode_add):
+        with pytest.raises(ValueError):
+            decode(memory.bytes, stride, layout, case.codec, output, FP32)
     one = layout.only(0)
     memory.fill([data[0], data[0]])
     with pytest.raises(ValueError):

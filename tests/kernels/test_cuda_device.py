@@ -119,6 +119,19 @@ class DeviceKernels(Kernels):
 
         self._run("cuda_encode", arguments, checked=False)
 
+    def encode_difference(
+        self, minuend: F32, subtrahend: Bits, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int,
+        *, stochastic: bool = False, seed: int = 0, step: int = 0,
+    ) -> None:  # fmt: skip
+        def arguments(put: Put) -> tuple[Any, ...]:
+            step_word = put(np.array([step], np.int64))
+            return (
+                put(minuend), put(subtrahend), type_number(element), *tables(put, layout), *packing(codec), stochastic,
+                seed, step_word, put(out), stride,
+            )  # fmt: skip
+
+        self._run("cuda_encode_difference", arguments, checked=False)
+
     def decode(
         self, packets: U8, stride: int, layout: Layout, codec: Codec, output: Bits, element: ElementType
     ) -> None:
@@ -129,6 +142,16 @@ class DeviceKernels(Kernels):
             )  # fmt: skip
 
         self._run("cuda_decode", arguments)
+
+    def decode_add(
+        self, packets: U8, stride: int, layout: Layout, codec: Codec, output: Bits, element: ElementType
+    ) -> None:
+        def arguments(put: Put) -> tuple[Any, ...]:
+            return (
+                put(packets), stride, *tables(put, layout), *packing(codec), put(output), type_number(element),
+            )  # fmt: skip
+
+        self._run("cuda_decode_add", arguments)
 
     def clear(
         self, packets: U8, stride: int, layout: Layout, codec: Codec, packet_type: ElementType, output: Bits,
@@ -156,14 +179,17 @@ class DeviceKernels(Kernels):
 
     def reduce_encode(
         self, packets: U8, stride: int, ranks: int, factor: float, layout: Layout, codec: Codec, out: U8,
-        element: ElementType, *,
+        element: ElementType, *, into: tuple[Layout, Codec] | None = None,
         residual: F32 | None = None, stochastic: bool = False, seed: int = 0, step: int = 0,
     ) -> None:  # fmt: skip
+        into_layout, into_codec = into or (layout, codec)
+
         def arguments(put: Put) -> tuple[Any, ...]:
             step_word = put(np.array([step], np.int64))
             return (
-                put(packets), stride, ranks, factor, *tables(put, layout), *packing(codec), stochastic, put(residual),
-                seed, step_word, put(out), type_number(element), *self._room(put, layout, codec, ranks),
+                put(packets), stride, ranks, factor, *tables(put, layout), *packing(codec), *tables(put, into_layout),
+                *packing(into_codec), stochastic, put(residual), seed, step_word, put(out), out.nbytes,
+                type_number(element), *self._room(put, layout, codec, ranks),
             )  # fmt: skip
 
         self._run("cuda_reduce_encode", arguments)
@@ -328,6 +354,57 @@ def test_a_captured_graph_replays_with_fresh_rounding(codec: str) -> None:
         out.zero_()
         encode()
         assert torch.equal(replayed, out)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weight_differences_in_a_captured_graph() -> None:
+    """Sum of int8 packets into int4, difference encoded, difference added: a replay does what the calls do."""
+    if not _C.cuda_runtime_version():
+        pytest.skip("smallreduce is built without CUDA")
+    segments, device = [(1, 100_000), (100_005, 77)], torch.device("cuda")
+    read, into, weights = (
+        SmallreduceLayout.build(segments, sr.codec(codec).format, dtype)
+        for codec, dtype in (
+            ("int8-hadamard", torch.float32),
+            ("int4-hadamard", torch.float32),
+            ("int4:group=2048", torch.bfloat16),
+        )
+    )
+    packets, packet, difference = (
+        torch.zeros(count, layout.stride, dtype=torch.uint8, device=device)
+        for count, layout in ((2, read), (1, into), (1, weights))
+    )
+    gradients, new = torch.zeros(2, 100_100, device=device), torch.zeros(100_100, device=device)
+    held = torch.zeros(100_100, dtype=torch.bfloat16, device=device)
+    count, error = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+
+    def step() -> None:
+        for rank in range(2):
+            ops.encode(gradients[rank], read, packets[rank], seed=rank, step=count)
+        ops.reduce_encode(
+            packets.view(-1), read.stride, 2, 0.5, read, packet[0], seed=2, step=count, error=error, into=into
+        )
+        ops.encode_difference(new, held, weights, difference, seed=3, step=count)
+        ops.decode_add(difference, weights, held, error)
+
+    step()  # copies the tables and loads the kernels, which a graph must not do
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        gradients.copy_(torch.randn(2, 100_100, generator=generator))
+        new.copy_(torch.randn(100_100, generator=generator))
+        count.fill_(number)
+        before = held.clone()
+        graph.replay()
+        replayed = [tensor.clone() for tensor in (packet, difference, held)]
+        held.copy_(before)
+        step()
+        assert all(torch.equal(a, b) for a, b in zip((packet, difference, held), replayed, strict=True))
+        assert not torch.equal(held, before)
+        assert error.item() == 0
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from kernels.equality import (
     PacketMemory,
     assert_same,
     check_decode,
+    check_decode_add,
     check_encode,
+    check_encode_difference,
     check_reduce,
     check_reduce_encode,
+    check_reduce_encode_into,
     layout_of,
 )
 from kernels.native import CpuKernels, CudaKernels, build_layout
@@ -55,12 +59,15 @@ def kernels(emulated: Any, request: pytest.FixtureRequest) -> CudaKernels:
 KERNELS: dict[str, Callable[[CudaKernels, Case], None]] = {
     "encode": lambda kernels, case: check_encode(_C, kernels, case),
     "encode-residual": lambda kernels, case: check_encode(_C, kernels, case, with_residual=True),
+    "encode-difference": lambda kernels, case: check_encode_difference(_C, kernels, case),
     "decode": lambda kernels, case: check_decode(_C, kernels, case),
+    "decode-add": lambda kernels, case: check_decode_add(_C, kernels, case),
     "reduce": lambda kernels, case: check_reduce(_C, kernels, case, 3, 1 / 3),
     "reduce-encode": lambda kernels, case: check_reduce_encode(_C, kernels, case, 2, 1.0),
     "reduce-encode-residual": lambda kernels, case: check_reduce_encode(
         _C, kernels, case, 3, 1 / 3, with_residual=True
     ),
+    "reduce-encode-into": lambda kernels, case: check_reduce_encode_into(_C, kernels, case, 3, 1 / 3),
 }
 
 EACH_CODEC = pytest.mark.parametrize("codec", EMULATED_CODECS)
@@ -192,6 +199,41 @@ def test_a_refused_rank_stops_a_reduction(kernels: CudaKernels, codec: str) -> N
         )
     assert (residual == 0.25).all()
     assert (out.bytes[: reference.HEADER_NBYTES] == 0).all()
+
+
+@pytest.mark.parametrize("into", ["int4", "sign", "cast-bf16"])
+def test_a_refused_rank_stops_a_reduction_into_another_format(kernels: CudaKernels, into: str) -> None:
+    case = Case(CODECS["int8"], FP32, "normal", cases.flat(5000))
+    layout, into_layout = (layout_of(_C, replace(case, codec=codec)) for codec in (case.codec, CODECS[into]))
+    memory = PacketMemory(layout.nbytes * 3, 0, 0)
+    memory.fill(case.encoded() * 3)
+    memory.bytes[memory.stride + 3] ^= 0x10
+    residual = np.full(32 * case.table.blocks, 0.25, np.float32)
+    out = PacketMemory(into_layout.nbytes, 0, 0)
+    with pytest.raises(ValueError, match="packet 1 was refused"):
+        kernels.reduce_encode(
+            memory.bytes, memory.stride, 3, 1.0, layout, case.codec, out.bytes, FP32,
+            into=(into_layout, CODECS[into]), residual=residual,
+        )  # fmt: skip
+    assert (residual == 0.25).all()
+    assert (out.bytes[: reference.HEADER_NBYTES] == 0).all()
+
+
+@EACH_CODEC
+def test_a_refused_packet_adds_nothing(kernels: CudaKernels, codec: str) -> None:
+    case = Case(EMULATED_CODECS[codec], FP32, "normal", cases.flat(9000, packets=3))
+    layout = layout_of(_C, case)
+    memory = PacketMemory(layout.nbytes, 0, 0)
+    memory.fill(case.encoded())
+    memory.bytes[memory.stride + 9] ^= 0x10
+    output = np.ones(case.table.numel, np.float32).view(np.uint32)
+    expected = output.copy()
+    packets = case.table.cut(case.codec)
+    for p in (0, 2):
+        reference.decode_add(case.encoded()[p : p + 1], packets[p : p + 1], case.codec, FP32, expected)
+    with pytest.raises(ValueError, match="packet 1 was refused"):
+        kernels.decode_add(memory.bytes, memory.stride, layout, case.codec, output, FP32)
+    assert_same(output, expected, "output")
 
 
 @EACH_CODEC
