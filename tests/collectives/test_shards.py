@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unittest.mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,11 @@ import torch.distributed as dist
 import smallreduce as sr
 from collectives.compose import composed_all_gather, composed_reduce_scatter, dyadic, inputs
 from ranks import run
-from smallreduce.collectives._engine import chunk_count
+from smallreduce import ops
+from smallreduce._layout import Layout
+from smallreduce.codecs import PacketCodec
+from smallreduce.collectives import Route, _engine, all_gather_for, channel_of, reduce_scatter_for
+from smallreduce.collectives._engine import chunk_count, stage_seed
 
 SIZES = [0, 1, 33, 129, 4001]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,3 +129,79 @@ def test_feedback_loses_nothing(spelling: str) -> None:
     ranks = run(_feedback, 2, spelling)
     outputs = torch.cat([total for total, _, _ in ranks])
     assert torch.equal(outputs + sum(owed for _, _, owed in ranks) / 2, sum(given for _, given, _ in ranks) / 2)
+
+
+SEGMENTS = [(0, 100), (128, 77), (300, 0), (310, 400), (710, 1)]
+NUMEL = 720  # elements of a part, the gaps between its segments included
+
+
+def _routes(world: int) -> list[Route]:
+    return [channel_of(None, torch.device("cpu"))] + ([sr.two_level(node_size=2)] if world == 4 else [])
+
+
+def _of_all(world: int, codec: PacketCodec, dtype: torch.dtype) -> Layout:
+    """The segments of all parts, a packet for each part."""
+    spans = [(rank * NUMEL + offset, length) for rank in range(world) for offset, length in SEGMENTS]
+    return Layout.build(spans, codec.format, dtype, world, [rank for rank in range(world) for _ in SEGMENTS])
+
+
+def _segments(rank: int, world: int, chunk_numel: int) -> None:
+    inside = torch.zeros(NUMEL, dtype=torch.bool)
+    for offset, length in SEGMENTS:
+        inside[offset : offset + length] = True
+    for spelling in ("int4", "int4-hadamard:group=64", "sign:group=32", "fp16"):
+        codec = sr.codec(spelling)
+        assert isinstance(codec, PacketCodec)
+        for dtype in DTYPES:
+            everyones = inputs(world * NUMEL, world, dtype)
+            layout, shard = _of_all(world, codec, dtype), Layout.build(SEGMENTS, codec.format, dtype)
+            for route in _routes(world):
+                engine = all_gather_for(SEGMENTS, NUMEL, codec, dtype, route)
+                assert (engine.chunks > 1) == (chunk_numel < NUMEL)
+                mine = slice(rank * NUMEL, (rank + 1) * NUMEL)
+
+                # What is between the segments stays.
+                gathered, expected = everyones[0].clone(), everyones[0].clone()
+                packets = torch.zeros(world, layout.stride, dtype=torch.uint8)
+                for r, x in enumerate(everyones):
+                    seed = stage_seed(5, 2, r, 0)
+                    ops.encode(x[r * NUMEL :][:NUMEL], shard, packets[r], seed=seed)
+                ops.decode(packets, layout, expected)
+                engine.launch(gathered, everyones[rank][mine], seed=5, bucket=2).wait()
+                assert torch.equal(gathered, expected)
+                assert torch.equal(gathered.view(world, -1)[:, ~inside], everyones[0].view(world, -1)[:, ~inside])
+
+                # New values of each rank's part, by the differences from what all have.
+                target = inputs(world * NUMEL, 1, torch.float32, seed=7)[0]
+                for r in range(world):
+                    seed = stage_seed(6, 2, r, 0)
+                    theirs = slice(r * NUMEL, (r + 1) * NUMEL)
+                    ops.encode_difference(target[theirs], expected[theirs], shard, packets[r], seed=seed)
+                ops.decode_add(packets, layout, expected)
+                engine.launch(gathered, target[mine], seed=6, bucket=2, base=gathered[mine]).wait()
+                assert torch.equal(gathered, expected)
+
+            engine = reduce_scatter_for(SEGMENTS, NUMEL, codec, dtype, _routes(world)[0])
+            out, kept = torch.full((NUMEL,), 3.0, dtype=dtype), torch.zeros(engine.worker_numel)
+            engine.launch(out, everyones[rank], dist.ReduceOp.SUM, kept, seed=5).wait()
+            received = torch.zeros(world, layout.stride, dtype=torch.uint8)
+            for r, x in enumerate(everyones):
+                residual = torch.zeros(32 * layout.origin_end)
+                packets = torch.zeros(world, layout.stride, dtype=torch.uint8)
+                ops.encode(x, layout, packets, residual, seed=stage_seed(5, 0, r, 0))
+                received[r] = packets[rank]
+                assert r != rank or torch.equal(kept, residual)
+            expected = torch.full((NUMEL,), 3.0, dtype=dtype)
+            ops.reduce(received, layout.stride, world, 1.0, shard, expected)
+            assert torch.equal(out, expected)
+
+
+def _segments_in_chunks(rank: int, world: int, chunk_numel: int) -> None:
+    with unittest.mock.patch.object(_engine, "CHUNK_NUMEL", chunk_numel):
+        _segments(rank, world, chunk_numel)
+
+
+@pytest.mark.parametrize("chunk_numel", [500, 1 << 20])
+@pytest.mark.parametrize("world", [2, 4])
+def test_segments_and_differences(world: int, chunk_numel: int) -> None:
+    run(_segments_in_chunks, world, chunk_numel)

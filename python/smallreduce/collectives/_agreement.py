@@ -40,7 +40,7 @@ class Agreement:
         mine = torch.tensor([_REFUSED if refused else _digest(text)], device=channel.device)
         self._digests = torch.empty(channel.world_size, dtype=torch.int64, device=channel.device)
         with channel.in_step():
-            self._work = channel.all_gather(self._digests, mine, channel.next_tag("agreement"))
+            self._work = channel.links.all_gather(self._digests, mine, channel.next_tag("agreement"))
 
     @staticmethod
     def nbytes(world_size: int) -> int:
@@ -82,7 +82,7 @@ class Agreement:
         device = self._channel.device
         texts = torch.empty(self._channel.world_size * size, dtype=torch.uint8, device=device)
         text = torch.frombuffer(mine, dtype=torch.uint8).to(device)
-        self._channel.all_gather(texts, text, self._channel.next_tag("agreement")).wait()
+        self._channel.links.all_gather(texts, text, self._channel.next_tag("agreement")).wait()
         rows = texts.cpu().view(-1, size)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 

@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce import ops
-from smallreduce._layout import Layout
 from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives import _call
-from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Start
+from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Start
 from smallreduce.collectives._compat import all_gather_single
-from smallreduce.collectives._engine import Engine, chunk_count, chunk_spans, stage_seed
+from smallreduce.collectives._engine import Engine, Parts, Segments, chunk_count, cut, stage_seed
+from smallreduce.collectives._levels import Levels, Route
+from smallreduce.collectives._links import Exchange
 from smallreduce.collectives._work import Work
 
-__all__ = ["AllGather", "all_gather"]
+__all__ = ["AllGather", "all_gather", "all_gather_for", "gather"]
 
 
 class AllGather(Engine):
-    """Compressed all-gather of flat buffers of ``numel`` elements into one of ``world_size * numel``."""
+    """Compressed all-gather of flat buffers of ``numel`` elements into one of ``world_size * numel``.
+
+    Args:
+        segments: ``(offset, length)`` in elements of one rank's part; blocks and groups start afresh at each.
+        numel: Elements of a part.
+        codec: The wire format.
+        dtype: Of the gathered buffer.
+        channel: ``channel_of(group, device)``.
+        order: All ranks, in the order in which their packets lie.
+        chunks: Into how many chunks it is cut; None: by its size.
+
+    Attributes:
+        bytes_sent: Payload that this rank sends in one call.
+    """
 
     name = "all_gather"
+    bytes_sent: int
 
-    def __init__(self, numel: int, codec: PacketCodec, dtype: torch.dtype, channel: Channel) -> None:
+    def __init__(
+        self,
+        segments: Segments,
+        numel: int,
+        codec: PacketCodec,
+        dtype: torch.dtype,
+        channel: Channel,
+        order: Sequence[int] | None = None,
+        chunks: int | None = None,
+    ) -> None:
         world = channel.world_size
-        spans = chunk_spans(numel, chunk_count(world * numel, world, codec), codec)
-        chunks = len(spans)
-        format = codec.format
-        shard = Layout.build(spans, format, dtype, chunks, range(chunks))
-        self._shards = [shard.select([c]) for c in range(chunks)]
-        segments = [(rank * numel + offset, length) for rank in range(world) for offset, length in spans]
-        parts = Layout.build(segments, format, dtype, world * chunks, range(world * chunks))
-        self._layouts = [parts.select([rank * chunks + c for rank in range(world)]) for c in range(chunks)]
+        order = range(world) if order is None else order
+        count = chunks or chunk_count(world * sum(length for _, length in segments), world, codec)
+        parts = Parts(numel, cut(segments, count, codec.format.group), codec, dtype, world)
+        self._shards = [parts.of_one(chunk) for chunk in range(count)]
+        self._layouts = [parts.of_ranks(order, chunk) for chunk in range(count)]
         strides = [layout.stride for layout in self._layouts]
-        super().__init__(channel, strides)
+        super().__init__(channel, [world * stride for stride in strides])
+        mine = order.index(channel.rank)
+        self._mine = [packets[mine * n : (mine + 1) * n] for packets, n in zip(self._sent, strides, strict=True)]
         self.bytes_sent = (world - 1) * sum(strides)
 
     def launch(
@@ -49,37 +72,72 @@ class AllGather(Engine):
         value: Tensor | None = None,
         after: Callable[[], None] | None = None,
         start: Start = IN_BACKGROUND,
+        base: Tensor | None = None,
     ) -> Work:
-        """Starts it; see :meth:`BucketEngine.launch`. ``input`` may be this rank's part of ``output``."""
-        self._claim(after, output, input)
-        self._output, self._input = output, input
+        """Starts it; see :meth:`BucketEngine.launch`.
+
+        Args:
+            input: This rank's part; may be its part of ``output``.
+            base: This rank's part of ``output`` as it stands, the same on all ranks. ``input``, fp32, is then what it
+                shall become: the difference is what travels, and all of ``output`` has the decoded differences added to
+                it, this rank's part too (SDP4Bit, arXiv:2410.15526, Algorithm 2).
+        """
+        self._claim(after, output, input, base)
+        self._output, self._input, self._base = output, input, base
         self._seed = stage_seed(seed, bucket, self.channel.rank, 0)
         self._at_step = self._step(step)
         work = Work(output if value is None else value, self.bytes_sent)
         self.channel.run(self, work, start)
         return work
 
-    def _mine(self, chunk: int) -> Tensor:
-        stride = self._layouts[chunk].stride
-        return self._sent[chunk][self.channel.rank * stride :][:stride]
-
     def encode(self, chunk: int) -> None:
-        ops.encode(self._input, self._shards[chunk], self._mine(chunk), None, self._seed, self._at_step)
+        layout, mine = self._shards[chunk], self._mine[chunk]
+        if self._base is None:
+            ops.encode(self._input, layout, mine, None, self._seed, self._at_step)
+        else:
+            ops.encode_difference(self._input, self._base, layout, mine, self._seed, self._at_step)
 
     def send(self, chunk: int, tag: int) -> Exchange:
-        return self.channel.all_gather(self._sent[chunk], self._mine(chunk), tag)
+        return self.channel.links.all_gather(self._sent[chunk], self._mine[chunk], tag)
 
-    def turn(self, chunk: int, tag: int) -> None:
+    def turn(self, chunk: int, tag: int) -> Exchange | None:
         """There is one stage only."""
+        return None
 
     def finish(self, chunk: int) -> None:
         # This rank's own part too, so that all ranks have the same bits. It has been read: all that is decoded here was
         # encoded before it was sent.
-        ops.decode(self._sent[chunk], self._layouts[chunk], self._output, self.channel.error)
+        put = ops.decode if self._base is None else ops.decode_add
+        put(self._sent[chunk], self._layouts[chunk], self._output, self.channel.error)
 
     def done(self) -> None:
-        del self._output, self._input
+        del self._output, self._input, self._base
         super().done()
+
+
+class TwoLevelAllGather(AllGather):
+    """All-gather that sends each packet to another node once: between the ranks of one local rank, and then, all that
+    have arrived there, inside the node."""
+
+    def __init__(self, segments: Segments, numel: int, codec: PacketCodec, dtype: torch.dtype, levels: Levels) -> None:
+        super().__init__(segments, numel, codec, dtype, levels.channel, levels.order, levels.chunks)
+        self._levels = levels
+        self._arrived = [packets.chunk(levels.node_size)[levels.local_rank] for packets in self._sent]
+
+    def send(self, chunk: int, tag: int) -> Exchange:
+        return self._levels.inter.all_gather(self._arrived[chunk], self._mine[chunk], tag)
+
+    def turn(self, chunk: int, tag: int) -> Exchange:
+        return self._levels.intra.all_gather(self._sent[chunk], self._arrived[chunk], tag, second=True)
+
+
+def all_gather_for(segments: Segments, numel: int, codec: PacketCodec, dtype: torch.dtype, route: Route) -> AllGather:
+    """The engine for parts of ``numel`` elements with ``segments``, ``(offset, length)``; alike on all ranks."""
+    if isinstance(route, Levels):
+        if not route.is_flat:
+            return TwoLevelAllGather(segments, numel, codec, dtype, route)
+        route = route.channel
+    return AllGather(segments, numel, codec, dtype, route)
 
 
 def all_gather(
@@ -105,7 +163,20 @@ def all_gather(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`smallreduce.all_reduce`.
     """
-    channel = _call.enter(group, x)
+    return gather(out, x, codec, _call.enter(group, x), _call.own_group(group), async_op, seed)
+
+
+def gather(
+    out: Tensor,
+    x: Tensor,
+    codec: str | Codec | None,
+    route: Route,
+    group: dist.ProcessGroup,
+    async_op: bool,
+    seed: int | None,
+) -> Work | None:
+    """:func:`all_gather` on one level or two."""
+    channel = route.channel if isinstance(route, Levels) else route
     world, counted = channel.world_size, next(channel.seeds)
     engine: AllGather | None = None
     with _call.refusing(channel):
@@ -115,9 +186,9 @@ def all_gather(
         if world == 1:
             out.detach().copy_(x.detach().reshape(out.shape))
             return _call.alone(out, async_op)
-        key = ("all_gather", chosen, x.numel(), x.dtype)
+        key = ("all_gather", chosen, x.numel(), x.dtype, _call.levels_of(route))
         if chosen is not None:
-            engine = channel.borrow(key) or AllGather(x.numel(), chosen, x.dtype, channel)
+            engine = channel.borrow(key) or all_gather_for([(0, x.numel())], x.numel(), chosen, x.dtype, route)
         target = out.detach()
         flat = x.detach().contiguous().view(-1)
         result = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
@@ -136,10 +207,10 @@ def all_gather(
         assert engine is not None
         return engine.launch(result, flat, base, value=out, after=after, start=start)
 
-    text = f"all_gather of {x.numel()} elements of {x.dtype} from each rank, codec {chosen}"
+    text = f"all_gather of {x.numel()} elements of {x.dtype} from each rank, {_call.describe(chosen, route)}"
     if engine is None:
         nbytes = (world - 1) * flat.nbytes
-        issue = lambda: all_gather_single(result, flat, _call.own_group(group))  # noqa: E731
+        issue = lambda: all_gather_single(result, flat, group)  # noqa: E731
         return _call.run(
             channel, text, _call.plain(channel, "all_gather", out, nbytes, issue, copy_back), True, async_op
         )

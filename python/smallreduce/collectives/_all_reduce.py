@@ -11,6 +11,7 @@ from smallreduce.collectives import _call
 from smallreduce.collectives._channel import Start
 from smallreduce.collectives._engine import BucketEngine
 from smallreduce.collectives._engine_for import engine_for
+from smallreduce.collectives._levels import Levels, Route
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback, Owner
 
@@ -55,15 +56,29 @@ def all_reduce(
         RuntimeError: Another rank refused its arguments or had different ones (CPU), the group failed, or a CUDA graph
             is being captured.
     """
-    channel = _call.enter(group, x)
+    return reduce_all(x, codec, op, _call.enter(group, x), _call.own_group(group), feedback, async_op, seed)
+
+
+def reduce_all(
+    x: Tensor,
+    codec: str | Codec | _call.Pair | None,
+    op: dist.ReduceOp.RedOpType,
+    route: Route,
+    group: dist.ProcessGroup,
+    feedback: ErrorFeedback | None,
+    async_op: bool,
+    seed: int | None,
+) -> Work | None:
+    """:func:`all_reduce` on one level or two."""
+    channel = route.channel if isinstance(route, Levels) else route
     world, counted = channel.world_size, next(channel.seeds)
     engine: BucketEngine | None = None
     worker = server = None
     with _call.refusing(channel):
-        chosen = _call.parse(codec, x, "x", channel)
+        chosen = _call.parse_levels(codec, x, "x", route, _call.parse)
         average = _call.check_op(op) == "avg"
         _call.check_feedback(feedback)
-        if chosen is not None and feedback is not None:
+        if feedback is not None and isinstance(chosen, Codec):
             chosen = chosen.with_feedback()
         _call.check_written(x, "x")
         base = _call.check_seed(seed, counted, feedback)
@@ -71,10 +86,10 @@ def all_reduce(
             raise TypeError(f"an average needs a floating-point tensor, got {x.dtype}")
         if world == 1:
             return _call.alone(x, async_op)
-        key = ("all_reduce", chosen, x.numel(), x.dtype)
+        key = ("all_reduce", chosen, x.numel(), x.dtype, _call.levels_of(route))
         if chosen is not None:
-            engine = channel.borrow(key) or engine_for([(0, x.numel())], chosen, x.dtype, channel)
-            if feedback is not None:
+            engine = channel.borrow(key) or engine_for([(0, x.numel())], chosen, x.dtype, route)
+            if feedback is not None and isinstance(chosen, Codec):
                 blocks = engine.server_numel // BLOCK
                 owner = Owner(chosen, x.numel(), channel.rank, world, engine.chunks, blocks)
                 worker, server = feedback.bind(owner, channel.device)
@@ -90,7 +105,7 @@ def all_reduce(
         # As DistributedDataParallel does without a hook; dividing after the sum, or AVG, gives other bits.
         if average:
             flat.mul_(1.0 / world)
-        work: dist.Work = dist.all_reduce(flat, group=_call.own_group(group), async_op=True)
+        work: dist.Work = dist.all_reduce(flat, group=group, async_op=True)
         return work
 
     def after() -> None:
@@ -105,7 +120,8 @@ def all_reduce(
             feedback.advance(base)
         return work
 
-    text = f"all_reduce of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, codec {chosen}"
+    text = f"all_reduce of {x.numel()} elements of {x.dtype}, {'AVG' if average else 'SUM'}, "
+    text += _call.describe(chosen, route)
     if isinstance(chosen, RandomBlocks):
         # Elsewhere these only round; here they say which elements are summed, and no packet would tell.
         text += f" of seed {base} in step {0 if feedback is None else feedback.step}"

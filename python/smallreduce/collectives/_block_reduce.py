@@ -11,8 +11,9 @@ from torch import Tensor
 from smallreduce._blocks import put, take
 from smallreduce._layout import BLOCK
 from smallreduce.codecs import RandomBlocks
-from smallreduce.collectives._channel import Channel, Exchange
+from smallreduce.collectives._channel import Channel
 from smallreduce.collectives._engine import BucketEngine
+from smallreduce.collectives._links import Exchange
 
 __all__ = ["BlockReduce"]
 

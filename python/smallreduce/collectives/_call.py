@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from smallreduce.codecs import Cast, Codec, PacketCodec, as_int, check_elements, codec
 from smallreduce.collectives._agreement import Agreement, refuse
-from smallreduce.collectives._channel import Channel, Exchange, Stages, Start, channel_of
+from smallreduce.collectives._channel import Channel, Stages, Start, channel_of
+from smallreduce.collectives._levels import Levels, Route, grain_of
+from smallreduce.collectives._links import Exchange
 from smallreduce.collectives._work import Work
 from smallreduce.feedback import ErrorFeedback
 
 __all__ = [
+    "Pair",
     "alone",
     "check_device",
     "check_feedback",
@@ -24,14 +27,20 @@ __all__ = [
     "check_output",
     "check_seed",
     "check_written",
+    "describe",
     "enter",
+    "levels_of",
     "own_group",
     "parse",
+    "parse_levels",
     "parse_packets",
     "plain",
     "refusing",
     "run",
 ]
+
+Pair = tuple["str | Codec | None", "str | Codec | None"]
+"""Codecs inside the node and between nodes."""
 
 _OPS = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg"}
 
@@ -130,6 +139,44 @@ def parse_packets(spelling: str | Codec | None, x: object, name: str, channel: C
     if chosen is None or isinstance(chosen, PacketCodec):
         return chosen
     raise TypeError(f"{chosen} makes no packets: it is for all_reduce, the DDP hook and the optimizers")
+
+
+C = TypeVar("C", bound=Codec)
+
+
+def parse_levels(
+    spelling: str | Codec | Pair | None,
+    x: object,
+    name: str,
+    route: Route,
+    parse_one: Callable[[str | Codec | None, object, str, Channel], C | None],
+) -> C | tuple[PacketCodec, PacketCodec] | None:
+    """On one level what ``parse_one`` gives; on two a pair of codecs, for which one alone may stand."""
+    if not isinstance(route, Levels):
+        assert not isinstance(spelling, (tuple, list))
+        return parse_one(spelling, x, name, route)
+    pair = tuple(spelling) if isinstance(spelling, (tuple, list)) else (spelling, spelling)
+    if len(pair) != 2:
+        raise ValueError(f"codecs must be two, inside the node and between nodes, got {len(pair)}")
+    chosen = tuple(parse_packets(each, x, name, route.channel) for each in pair)
+    if chosen == (None, None):
+        return None
+    # Beside a codec that compresses, a plain one is a cast like any other.
+    intra, inter = (codec(each) if found is None else found for each, found in zip(pair, chosen, strict=True))
+    if not isinstance(intra, PacketCodec) or not isinstance(inter, PacketCodec):
+        raise ValueError(f"codecs must be two codecs, or None for both, got {pair[0]} and {pair[1]}")
+    grain_of((intra, inter))
+    return intra, inter
+
+
+def levels_of(route: Route) -> tuple[int, int | None] | None:
+    """What of the route decides on an engine."""
+    return (route.node_size, route.chunks) if isinstance(route, Levels) else None
+
+
+def describe(chosen: Codec | tuple[Codec, Codec] | None, route: Route) -> str:
+    codecs = f"codecs {chosen[0]} and {chosen[1]}" if isinstance(chosen, tuple) else f"codec {chosen}"
+    return f"{codecs}, nodes of {route.node_size}" if isinstance(route, Levels) else codecs
 
 
 class Plain(Stages):

@@ -15,33 +15,26 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from smallreduce.collectives._compat import all_gather_single, all_to_all_single
+from smallreduce.collectives._links import Exchange, GlooLinks, Links, NcclLinks
 from smallreduce.collectives._work import Work
 
-__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Exchange", "Stages", "Start", "channel_of", "shutdown"]
+__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Stages", "Start", "channel_of", "shutdown"]
 
 _IDLE_KEPT = 4
 
 
 class Disagreement(RuntimeError):
     """The ranks have found, together and before any data moved, that they cannot go on: they are still in step."""
-
-
-class Exchange(Protocol):
-    """Messages between the ranks, in flight."""
-
-    def wait(self) -> object:
-        """Blocks (NCCL: the current stream, not the thread) until they have arrived and what was sent may change."""
 
 
 class Start(NamedTuple):
@@ -92,9 +85,10 @@ class Channel(ABC):
 
     Attributes:
         device: Where the tensors of this channel live.
+        links: The wires among the ranks of the group.
         rank, world_size: In the group.
-        group: For collectives of torch's own that belong to ours.
         seeds: The group's counter for collectives that are given no seed.
+        levels: By the size of a node: the wires inside nodes and between them, once they have been opened.
         error: On CUDA the word on the device (int32) in which kernels, which cannot raise, leave that they have refused
             a packet. None on the CPU.
     """
@@ -102,31 +96,30 @@ class Channel(ABC):
     device: torch.device
     error: Tensor | None = None
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, links: Links) -> None:
+        self.links = links
+        self.rank = links.rank
+        self.world_size = links.world_size
         self.seeds = itertools.count()
         # Kinds differ in size, so they must not meet even where ranks have lost their common order.
         self._tags = {"packets": itertools.count(0, 2), "agreement": itertools.count(1, 2)}
         self._failure: BaseException | None = None
         self._idle: OrderedDict[Hashable, list[Any]] = OrderedDict()
+        self.levels: dict[int, tuple[Links, Links]] = {}
 
     @property
-    @abstractmethod
-    def group(self) -> dist.ProcessGroup: ...
+    def group(self) -> dist.ProcessGroup:
+        """For collectives of torch's own that belong to ours."""
+        return self.links.group
 
     def next_tag(self, kind: Literal["packets", "agreement"]) -> int:
         """A number for messages. All ranks take theirs in the order of the program, so they take the same."""
         return next(self._tags[kind]) % 2**15  # MPI promises no more; far fewer are in flight
 
     @abstractmethod
-    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
-        """Starts to send the r-th W-th of ``input`` to rank r, as whose r-th W-th of ``output`` it arrives here."""
-
-    @abstractmethod
-    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
-        """Starts to send ``mine``, which may be this rank's W-th of ``output``, to all ranks; ``second`` as a second
-        stage, which :meth:`Stages.turn` issues."""
+    def subset(self, ranks: Sequence[int], name: str) -> Links:
+        """The wires among some ranks of the group, this one included. They call it together, under a name that no other
+        subset of theirs has, and the wires end with the channel."""
 
     @abstractmethod
     def run(self, stages: Stages, work: Work, start: Start) -> None:
@@ -180,18 +173,6 @@ class Channel(ABC):
                 del self._idle[oldest]
 
 
-class _Messages:
-    """Of one exchange, each with its own handle."""
-
-    def __init__(self, works: list[dist.Work]) -> None:
-        self._works = works
-
-    def wait(self) -> None:
-        for work in self._works:
-            if not work.wait():
-                raise RuntimeError("a message between the ranks was aborted")
-
-
 class _Later(Executor):
     """Runs what is submitted to it in :meth:`run`."""
 
@@ -212,17 +193,11 @@ class _Later(Executor):
 
 
 class ThreadedChannel(Channel):
-    """Between two ranks numbered messages, among more gloo's collectives in the order of the program, on two private
-    clones of the group, so that the user's own collectives on the group are not in between.
+    """On private clones of the group, so that the user's own collectives on the group are not in between.
 
-    A collective of gloo's goes through threads and buffers of its own, which messages spare; but among more than two
-    ranks it keeps the load on the links even, where messages to all at once meet in the queue before one receiver.
-
-    Collectives: the first stages are issued by the caller's thread on one clone, the second ones by a single thread on
-    the other, so each clone sees the same order on every rank. Messages: each carries the number of its chunk in the
-    order of the program, so they find each other whatever the order of issue. One clone takes those to the higher rank,
-    the other those to the lower, since gloo's thread for incoming data spins for as long as another writes to the same
-    connection.
+    The first stages are issued by the caller's thread on one clone, the second ones by a single thread on the other, so
+    each clone sees the same order on every rank. (Between two ranks they are numbered messages, which need no order:
+    :class:`GlooLinks`.)
 
     The caller's thread encodes and issues the first stages. In the background one thread takes the chunks in order,
     waits for the first stage, reduces and issues the second; another takes them in order again, waits and decodes. Both
@@ -233,46 +208,25 @@ class ThreadedChannel(Channel):
     device = torch.device("cpu")
 
     def __init__(self, group: dist.ProcessGroup, generation: int) -> None:
-        super().__init__(group.rank(), group.size())
-        self._clones = [_clone(group, f"{name}{generation}") for name in ("first", "second")]
+        self._clones: list[list[dist.ProcessGroup]] = []
         # torch.distributed keeps every group that it knows of until it is destroyed.
         self._abandoned = weakref.finalize(self, _destroy_elsewhere, self._clones)
         self._abandoned.atexit = False  # _close_all comes first
+        super().__init__(self._links(group, range(group.size()), f"{generation}"))
         self._reducer = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-reducer")
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
         self._lock = threading.Lock()
         # A connection whose messages are given up midway keeps gloo's thread busy until the group is destroyed.
         self._given_up: list[Exchange] = []
         _open_channels.add(self)
-        if self.world_size == 2:
-            # With TORCH_GLOO_LAZY_INIT the first receive waits for a connection that the other rank may be the one to
-            # open, in its own first receive on that clone.
-            for clone in self._clones:
-                dist.barrier(group=clone)
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return self._clones[0]
+    def _links(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str) -> GlooLinks:
+        clones = [_clone(group, ranks, torch.device("cpu"), f"{stage}{name}") for stage in ("first", "second")]
+        self._clones.append(clones)
+        return GlooLinks(clones)
 
-    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
-        if self.world_size != 2:
-            return all_to_all_single(output, input, self._clones[0])
-        return self._swap(output, input.chunk(2)[1 - self.rank], input.chunk(2)[self.rank], tag)
-
-    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
-        if self.world_size != 2:
-            return all_gather_single(output, mine, self._clones[second])
-        return self._swap(output, mine, mine, tag)
-
-    def _swap(self, output: Tensor, sent: Tensor, kept: Tensor, tag: int) -> Exchange:
-        """Starts to send to the other of two ranks; its part of ``output`` arrives, ours is ``kept``."""
-        parts = output.chunk(2)
-        other = 1 - self.rank
-        if parts[self.rank].data_ptr() != kept.data_ptr():
-            parts[self.rank].copy_(kept)
-        # What is awaited comes first, so that it has a place when it arrives.
-        received = self._clones[self.rank].recv([parts[other]], other, tag)
-        return _Messages([received, self._clones[other].send([sent], other, tag)])
+    def subset(self, ranks: Sequence[int], name: str) -> Links:
+        return self._links(self.links.group, ranks, name)
 
     def borrow(self, key: Hashable) -> Any | None:
         with self._lock:
@@ -359,26 +313,18 @@ class StreamChannel(Channel):
     error: Tensor
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        super().__init__(group.rank(), group.size())
+        super().__init__(NcclLinks(group))
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._group = weakref.ref(group)
+        self._clones: list[list[dist.ProcessGroup]] = []
         with torch.cuda.stream(self._stream):
             self.error = torch.zeros(1, dtype=torch.int32, device=device)
         self._refused = torch.zeros(1, dtype=torch.int32).pin_memory()  # what it was after the last collective
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        group = self._group()
-        if group is None:
-            raise RuntimeError("the process group has been destroyed")
-        return group
-
-    def all_to_all(self, output: Tensor, input: Tensor, tag: int) -> Exchange:
-        return all_to_all_single(output, input, self.group)
-
-    def all_gather(self, output: Tensor, mine: Tensor, tag: int, second: bool = False) -> Exchange:
-        return all_gather_single(output, mine, self.group)
+    def subset(self, ranks: Sequence[int], name: str) -> Links:
+        clone = _clone(self.links.group, ranks, self.device, name)
+        self._clones.append([clone])
+        return NcclLinks(clone)
 
     def check(self) -> None:
         super().check()
@@ -421,6 +367,7 @@ class StreamChannel(Channel):
 
     def close(self) -> None:
         self._stream.synchronize()
+        _destroy(self._clones)
         self._check_refused()
 
 
@@ -433,36 +380,41 @@ def _refuse_capture() -> None:
         )
 
 
-def _clone(group: dist.ProcessGroup, stage: str) -> dist.ProcessGroup:
-    """A group of the same ranks, backend and timeout. All ranks of ``group`` call this, and no others."""
-    ranks = dist.get_process_group_ranks(group)
+def _clone(group: dist.ProcessGroup, ranks: Sequence[int], device: torch.device, name: str) -> dist.ProcessGroup:
+    """A group of some of ``group``'s ranks, with its backend for ``device`` and its timeout. These ranks call this, and
+    no others."""
+    members = dist.get_process_group_ranks(group)
+    members = [members[rank] for rank in ranks]
     devices = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
     # Not dist.new_group(use_local_synchronization=True): it names the group by how many groups this rank has seen, so
     # ranks that belong to different numbers of groups would wait for each other under different names.
     clone, _ = c10d._new_process_group_helper(
-        group.size(),
-        group.rank(),
-        ranks,
-        dist.Backend(devices["cpu"]),
+        len(members),
+        list(ranks).index(group.rank()),
+        members,
+        dist.Backend(devices[device.type]),
         c10d._get_process_group_store(group),
-        f"{group.group_name}/smallreduce/{stage}",  # type: ignore[arg-type]
-        timeout=group._get_backend(torch.device("cpu")).options._timeout,
+        f"{group.group_name}/smallreduce/{name}",  # type: ignore[arg-type]
+        timeout=group._get_backend(device).options._timeout,
         group_desc="smallreduce",
     )
-    c10d._world.pg_group_ranks[clone] = {global_rank: rank for rank, global_rank in enumerate(ranks)}
+    c10d._world.pg_group_ranks[clone] = {global_rank: rank for rank, global_rank in enumerate(members)}
     return cast(dist.ProcessGroup, clone)
 
 
-def _destroy(clones: list[dist.ProcessGroup]) -> None:
-    """Empties the list. gloo's threads end with the last reference to their group, which should be the list's."""
-    while clones:
-        group = clones.pop()
-        if group in c10d._world.pg_map:  # else destroyed with the default group
-            dist.destroy_process_group(group)
-        del group
+def _destroy(clones: list[list[dist.ProcessGroup]]) -> None:
+    """Empties the lists, which the links share. gloo's threads end with the last reference to their group, which should
+    be that of its list."""
+    for groups in clones:
+        while groups:
+            group = groups.pop()
+            if group in c10d._world.pg_map:  # else destroyed with the default group
+                dist.destroy_process_group(group)
+            del group
+    clones.clear()
 
 
-def _destroy_elsewhere(clones: list[dist.ProcessGroup]) -> None:
+def _destroy_elsewhere(clones: list[list[dist.ProcessGroup]]) -> None:
     # A channel may be given up on one of gloo's own threads, by a callback there, and no thread can join itself.
     mine = clones[:]
     clones.clear()

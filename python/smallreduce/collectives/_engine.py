@@ -9,20 +9,35 @@ others are in the kernels.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce import ops
-from smallreduce._layout import BLOCK, Layout
+from smallreduce._layout import BLOCK, Format, Layout
 from smallreduce._native import native
-from smallreduce.codecs import PacketCodec
-from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Exchange, Stages, Start
+from smallreduce.codecs import IntQuant, PacketCodec
+from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Stages, Start
+from smallreduce.collectives._links import Exchange
 from smallreduce.collectives._work import Work
 
-__all__ = ["AllReduce", "BucketEngine", "Engine", "chunk_count", "chunk_spans", "factor_of", "stage_seed"]
+__all__ = [
+    "AllReduce",
+    "BucketEngine",
+    "Engine",
+    "Parts",
+    "Segments",
+    "chunk_count",
+    "cut",
+    "factor_of",
+    "packets_of",
+    "stage_seed",
+]
+
+Segments = Sequence[tuple[int, int]]
+"""``(offset, length)`` in elements of a flat buffer."""
 
 # Elements of a chunk at the most, between two ranks. Each chunk costs handing-over between threads, gloo's and ours,
 # which weighs where the link is fast; several in flight keep a slow link busy while the kernels run. More ranks take
@@ -37,12 +52,52 @@ def chunk_count(numel: int, world_size: int, codec: PacketCodec) -> int:
     return max(1, -(-load * min(world_size, 4) ** 2 // (4 * CHUNK_NUMEL)))
 
 
-def chunk_spans(numel: int, chunks: int, codec: PacketCodec) -> list[tuple[int, int]]:
-    """``(offset, length)`` of the chunks of a flat tensor, cut between groups, so that a cut changes no code. A sparse
-    codec selects in each chunk on its own."""
-    group = codec.format.group
-    size = max(group, -(-numel // (chunks * group)) * group)
-    return [(offset, min(size, numel - offset)) for offset in range(0, max(numel, 1), size)]
+def cut(segments: Segments, pieces: int, grain: int) -> list[Segments]:
+    """Cuts segments, laid end to end, into so many pieces of about one size, each segment at multiples of ``grain``
+    elements, so that where these are whole groups a cut changes no code. A sparse codec selects in each on its own."""
+    layout = Layout.build(segments, Format(IntQuant(8).format.kind, grain, False, False), torch.float32, pieces)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(pieces)]
+    for offset, length, piece in layout.runs():
+        found[piece].append((offset, length))
+    return [piece or [(0, 0)] for piece in found]
+
+
+def packets_of(pieces: Sequence[Segments], codec: PacketCodec, dtype: torch.dtype) -> Layout:
+    """The layout in which each piece is a packet."""
+    spans = [span for piece in pieces for span in piece]
+    packet_of = [packet for packet, piece in enumerate(pieces) for _ in piece]
+    return Layout.build(spans, codec.format, dtype, len(pieces), packet_of)
+
+
+class Parts:
+    """Each rank's part of a buffer of ``world_size * numel`` elements, cut into chunks: the packets of one format.
+
+    Args:
+        numel: Elements of a part.
+        chunks: Of one part: the segments of each; blocks and groups start afresh at each segment.
+        codec, dtype: Of the packets.
+        world_size: How many parts.
+    """
+
+    def __init__(
+        self, numel: int, chunks: Sequence[Segments], codec: PacketCodec, dtype: torch.dtype, world_size: int
+    ) -> None:
+        def of(parts: int) -> list[Segments]:
+            starts = [part * numel for part in range(parts) for _ in chunks]
+            shifted = zip(starts, parts * list(chunks), strict=True)
+            return [[(start + offset, length) for offset, length in chunk] for start, chunk in shifted]
+
+        self._whole, self._part = (packets_of(of(parts), codec, dtype) for parts in (world_size, 1))
+        self._chunks = len(chunks)
+        self.blocks = self._whole.blocks
+
+    def of_ranks(self, ranks: Iterable[int], chunk: int) -> Layout:
+        """One chunk of the parts of some ranks, over the whole buffer; packets in the order of ``ranks``."""
+        return self._whole.select([rank * self._chunks + chunk for rank in ranks])
+
+    def of_one(self, chunk: int) -> Layout:
+        """One chunk, over a buffer of one part."""
+        return self._part.select([chunk])
 
 
 def factor_of(op: dist.ReduceOp.RedOpType, world_size: int) -> float:
@@ -62,23 +117,27 @@ class Engine(Stages):
 
     Args:
         channel: Of the group.
-        strides: For each chunk, the distance between packets in bytes.
+        sizes: For each chunk, the bytes that its packets take.
+
+    Attributes:
+        nbytes: Of the buffers for packets.
     """
 
-    def __init__(self, channel: Channel, strides: Sequence[int]) -> None:
+    def __init__(self, channel: Channel, sizes: Sequence[int]) -> None:
         self.channel = channel
-        self.chunks = len(strides)
-        self._sent = self._buffers(strides)
+        self.chunks = len(sizes)
+        self.nbytes = 0
+        self._sent = self._buffers(sizes)
         self._busy = False
         self._after: Callable[[], None] | None = None
 
-    def _buffers(self, strides: Sequence[int]) -> list[Tensor]:
+    def _buffers(self, sizes: Sequence[int]) -> list[Tensor]:
         # Zeros, since a packet shorter than the stride leaves the rest as it is, and all of it travels.
-        sizes = [self.channel.world_size * stride for stride in strides]
         with torch.inference_mode(False):  # the engine may be used again outside of one
             whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.channel.device)
         self.channel.use(whole)
-        return list(whole.split(sizes))
+        self.nbytes += whole.nbytes
+        return list(whole.split(list(sizes)))
 
     def _claim(self, after: Callable[[], None] | None, *tensors: Tensor | None) -> None:
         self.channel.check()
@@ -205,8 +264,9 @@ class AllReduce(BucketEngine):
         self._layouts = [self.layout.select(range(c * world, (c + 1) * world)) for c in range(chunks)]
         self._shards = [layout.select([channel.rank]) for layout in self._layouts]
         strides = [layout.stride for layout in self._layouts]
-        super().__init__(channel, strides)
-        self._received = self._buffers(strides)
+        sizes = [world * stride for stride in strides]
+        super().__init__(channel, sizes)
+        self._received = self._buffers(sizes)
         self.worker_numel = BLOCK * self.layout.blocks
         server_numels = [BLOCK * shard.blocks for shard in self._shards]
         self._server_numels = server_numels
@@ -231,7 +291,7 @@ class AllReduce(BucketEngine):
         self._mask(self._sent[chunk], self._layouts[chunk])
 
     def send(self, chunk: int, tag: int) -> Exchange:
-        return self.channel.all_to_all(self._received[chunk], self._sent[chunk], tag)
+        return self.channel.links.all_to_all(self._received[chunk], self._sent[chunk], tag)
 
     def turn(self, chunk: int, tag: int) -> Exchange:
         # What was sent has arrived, so its buffer takes the reduced packets.
@@ -242,7 +302,7 @@ class AllReduce(BucketEngine):
             self._received[chunk], stride, self.channel.world_size, self._factor, self._shards[chunk], mine,
             self._servers[chunk], self._seeds[1], self._at_step, self.channel.error,
         )  # fmt: skip
-        return self.channel.all_gather(gathered, mine, tag, second=True)
+        return self.channel.links.all_gather(gathered, mine, tag, second=True)
 
     def finish(self, chunk: int) -> None:
         ops.decode(self._sent[chunk], self._layouts[chunk], self._buffer, self.channel.error)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from smallreduce._layout import Layout
 from smallreduce.codecs import Codec, PacketCodec, RandomBlocks
 from smallreduce.collectives._block_reduce import BlockReduce
-from smallreduce.collectives._channel import Channel
-from smallreduce.collectives._engine import AllReduce, BucketEngine
+from smallreduce.collectives._engine import AllReduce, BucketEngine, Segments
 from smallreduce.collectives._gather_reduce import GatherReduce
+from smallreduce.collectives._levels import Levels, Route
+from smallreduce.collectives._two_level_reduce import TwoLevelAllReduce
 
 __all__ = ["engine_for", "gathers"]
 
@@ -35,19 +34,29 @@ def gathers(packet_nbytes: int, world_size: int) -> bool:
     return world_size <= GATHER_RANKS or more <= world_size * GATHER_NBYTES
 
 
-def engine_for(segments: Sequence[tuple[int, int]], codec: Codec, dtype: torch.dtype, channel: Channel) -> BucketEngine:
+def engine_for(
+    segments: Segments, codec: Codec | tuple[PacketCodec, PacketCodec], dtype: torch.dtype, route: Route
+) -> BucketEngine:
     """The engine for ``segments``, ``(offset, length)`` in elements of a flat buffer of ``dtype``; the same kind on all
     ranks.
+
+    Args:
+        codec: One; or two on :class:`Levels`: inside the node and between nodes.
 
     Raises:
         TypeError: No engine takes the codec.
     """
+    if isinstance(route, Levels):
+        assert not isinstance(codec, Codec)
+        if not route.is_flat:
+            return TwoLevelAllReduce(segments, codec, dtype, route)
+        codec, route = route.one_of(codec), route.channel
     if isinstance(codec, RandomBlocks):
-        return BlockReduce(segments, codec, dtype, channel)
+        return BlockReduce(segments, codec, dtype, route)
     if not isinstance(codec, PacketCodec):
         raise TypeError(f"no all-reduce is known for the codec {codec}")
     if codec.format.is_sparse:
         layout = Layout.build(segments, codec.format, dtype)
-        if gathers(layout.stride, channel.world_size):
-            return GatherReduce(layout, channel)
-    return AllReduce(segments, codec, dtype, channel)
+        if gathers(layout.stride, route.world_size):
+            return GatherReduce(layout, route)
+    return AllReduce(segments, codec, dtype, route)

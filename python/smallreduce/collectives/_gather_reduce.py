@@ -6,8 +6,9 @@ from torch import Tensor
 
 from smallreduce import ops
 from smallreduce._layout import BLOCK, Layout
-from smallreduce.collectives._channel import Channel, Exchange
+from smallreduce.collectives._channel import Channel
 from smallreduce.collectives._engine import BucketEngine, stage_seed
+from smallreduce.collectives._links import Exchange
 
 __all__ = ["GatherReduce"]
 
@@ -25,7 +26,7 @@ class GatherReduce(BucketEngine):
 
     def __init__(self, layout: Layout, channel: Channel) -> None:
         self.layout = layout
-        super().__init__(channel, [layout.stride])
+        super().__init__(channel, [channel.world_size * layout.stride])
         self.worker_numel = BLOCK * layout.blocks
         self.collectives = 1
         self.is_sparse = True
@@ -44,7 +45,7 @@ class GatherReduce(BucketEngine):
         self._mask(self._mine, self.layout)
 
     def send(self, chunk: int, tag: int) -> Exchange:
-        return self.channel.all_gather(self._sent[chunk], self._mine, tag)
+        return self.channel.links.all_gather(self._sent[chunk], self._mine, tag)
 
     def turn(self, chunk: int, tag: int) -> None:
         """There is one stage only."""
