@@ -1,0 +1,313 @@
+"""``smallreduce.fsdp.compress``: packets instead of tensors in what FSDP2 sends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, as_int
+from smallreduce.codecs import codec as parse_codec
+from smallreduce.collectives import Channel, Count, agree, channel_of
+from smallreduce.collectives._agreement import refuse
+from smallreduce.collectives._levels import Levels, grain_of, node_size_of
+from smallreduce.fsdp._gather import WeightGather
+from smallreduce.fsdp._leg import Codecs, Leg, Progress
+from smallreduce.fsdp._memory import FullMemory, LoCoMemory, Memory, Scratch
+from smallreduce.fsdp._replicas import ReplicaReduce
+from smallreduce.fsdp._resharding import Place
+from smallreduce.fsdp._scatter import GradientScatter
+from smallreduce.fsdp._state import State
+from smallreduce.fsdp._torch_groups import Bucket, buckets_of
+
+__all__ = ["ResidualMemory", "compress"]
+
+T = TypeVar("T")
+Spelling = str | Codec | None
+_FEEDBACK = (None, "int8", "full")
+
+
+class ResidualMemory(UserWarning):
+    """What the residuals of error feedback take on every rank."""
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The arguments of :func:`compress`, checked."""
+
+    gradients: Codecs | None
+    weights: PacketCodec | None
+    replicas: PacketCodec | None
+    feedback: str | None
+    node_size: int | None
+    beta: float
+    reset_every: int
+    seed: int
+
+    def __str__(self) -> str:
+        gradients = " and ".join(map(str, self.gradients)) if isinstance(self.gradients, tuple) else self.gradients
+        return (
+            f"gradients {gradients}, weights {self.weights}, feedback {self.feedback}, replicas "
+            f"{self.replicas}, node_size {self.node_size}, beta {self.beta}, reset_every {self.reset_every}, seed "
+            f"{self.seed}"
+        )
+
+
+def compress(
+    model: nn.Module,
+    gradients: Spelling | tuple[str | Codec, str | Codec] = "int4-hadamard",
+    weights: Spelling = None,
+    feedback: str | None = None,
+    *,
+    node_size: int | None = None,
+    replicate_group: dist.ProcessGroup | DeviceMesh | None = None,
+    replicate_gradients: Spelling = None,
+    beta: float = 0.8,
+    reset_every: int = 1024,
+    seed: int = 0,
+) -> State:
+    """Compresses what FSDP2 sends for ``model``. Every rank calls it, after ``fully_shard`` and before training.
+
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        state = smallreduce.fsdp.compress(model, gradients="int4-hadamard", weights="int8")
+
+    Every module that ``fully_shard`` was applied to, and that has parameters, gets an all-gather and a reduce-scatter
+    of its own. Modules sharded later are not touched. Groups of a codec start afresh at each parameter. Where the shard
+    group has one rank, torch calls neither, and nothing is compressed.
+
+    Weights are encoded in the dtype in which they are gathered (``MixedPrecisionPolicy.param_dtype``), and all ranks
+    compute with the same decoded bits, the owner too; its own fp32 shard, which the optimizer updates, stays exact. The
+    forward and backward passes of a step see the same decoded weights. Differences of weights, of which four bits
+    lose less, need the unsharded weights of the step before, which FSDP2 gives up in every step, also with
+    ``reshard_after_forward=False``: for these use :class:`smallreduce.optim.SDP4Bit`.
+
+    Gradients are reduced as torch asks (a mean, or a sum that it divides itself), in fp32, into ``reduce_dtype``.
+
+    Args:
+        model: A module with FSDP modules, or one itself.
+        gradients: A codec that makes packets, or its spelling; a pair, inside a node and between nodes, for the
+            reduce-scatter on two levels (SDP4Bit, arXiv:2410.15526, Algorithm 3); None: torch's own reduce-scatter.
+        weights: ``IntQuant`` or ``Cast``, or None: torch's own all-gather.
+        feedback: Error feedback for gradients: what the codec takes away from a rank's gradients is added to its next
+            ones. ``"full"``: fp32 residuals; ``"int8"``: LoCo (arXiv:2407.04480), an exponential average in 8-bit
+            integers. A residual is of the size of the *unsharded* trainable parameters, on every rank: 4 bytes for
+            each element, or 1 1/8, which a :class:`ResidualMemory` warning states once. A loss scale that changes
+            (``GradScaler``) changes the units of what is owed; use neither with it.
+        node_size: Ranks of a node, where ``gradients`` is a pair, and weights then take two levels too, each packet
+            sent to another node once; None: as torchrun has laid them out.
+        replicate_group: The ranks that hold the same shard of other replicas of the model (HSDP): a process group or a
+            one-dimensional mesh; ``fully_shard`` gets the one-dimensional mesh of the shards. Gradients are then
+            averaged over the replicas too, each time that they are reduced.
+        replicate_gradients: The codec for that; None: exact.
+        beta, reset_every: Of LoCo: ``e <- beta * e + (1 - beta) * (h - decoded)``; steps after which e begins at zero.
+        seed: Base of the random bits, which also depend on step, module and rank.
+
+    Returns:
+        The state: ``stats()``, ``state_dict()``, ``sharded_state_dict()``.
+
+    Raises:
+        TypeError: ``model`` has no FSDP module, or a value is of another type.
+        ValueError: Impossible values; or a model that cannot be compressed, with what to do instead.
+        RuntimeError: Another rank refused its arguments, or has others.
+    """
+    buckets = buckets_of(model)
+    setup = Count()
+    shards = _channels(buckets, [bucket.mesh_group for bucket in buckets])
+    # First whether there are replicas at all: where some rank has none, none may wait for it there.
+    replicas = _together(
+        shards, lambda: _process_group(replicate_group), lambda group: f"replicate_group of {_size(group)} ranks", setup
+    )
+    config = _together(
+        {**shards, **_channels(buckets, [replicas] * len(buckets))},
+        lambda: _check(
+            buckets, gradients, weights, feedback, node_size, replicate_gradients, replicas, beta, reset_every, seed
+        ),
+        str,
+        setup,
+    )
+    return _install(buckets, config, replicas, setup)
+
+
+def _together(
+    channels: Mapping[Channel, Sequence[str]], prepare: Callable[[], T], text: Callable[[T], str], setup: Count
+) -> T:
+    """What ``prepare`` gives, if it does on all ranks and the text is the same there, and so are the lines of each
+    channel. Whatever is wrong, this rank takes its place wherever others wait for it."""
+    error: Exception | None = None
+    try:
+        prepared = prepare()
+    except Exception as refused:
+        error = refused
+    for channel, lines in channels.items():
+        try:
+            if error is not None:
+                refuse(channel, error)
+            else:
+                agree(channel, f"smallreduce.fsdp: {text(prepared)}", lines, setup)
+        except Exception as disagreement:
+            error = error or disagreement
+    if error is not None:
+        raise error
+    return prepared
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _process_group(given: object) -> dist.ProcessGroup | None:
+    if isinstance(given, DeviceMesh):
+        if given.ndim != 1:
+            raise ValueError(f"replicate_group must be a mesh of one dimension, got {given}: give mesh['replicate']")
+        return given.get_group()
+    if given is not None and not isinstance(given, dist.ProcessGroup):
+        raise TypeError(f"replicate_group must be a ProcessGroup or a DeviceMesh, got {type(given).__name__}")
+    return given
+
+
+def _channels(buckets: Sequence[Bucket], groups: Sequence[dist.ProcessGroup | None]) -> dict[Channel, list[str]]:
+    """Where ranks compare what they are about to do with each module, which is of the group beside it."""
+    lines: dict[Channel, list[str]] = {}
+    for bucket, group in zip(buckets, groups, strict=True):
+        if group is not None and group.size() > 1:
+            lines.setdefault(channel_of(group, bucket.device), []).append(bucket.description)
+    return lines
+
+
+def _check(
+    buckets: Sequence[Bucket],
+    gradients: Spelling | tuple[str | Codec, str | Codec],
+    weights: Spelling,
+    feedback: str | None,
+    node_size: int | None,
+    replicate_gradients: Spelling,
+    replicas: dist.ProcessGroup | None,
+    beta: float,
+    reset_every: int,
+    seed: int,
+) -> _Config:
+    if feedback not in _FEEDBACK:
+        raise ValueError(f"feedback must be None, 'int8' or 'full', got {feedback!r}")
+    codecs: Codecs | None
+    if isinstance(gradients, tuple):
+        if len(gradients) != 2 or None in gradients:
+            raise ValueError(f"gradients must be a codec or a pair of codecs, got {gradients}")
+        intra, inter = (_packets(one, "gradients") for one in gradients)
+        assert intra is not None and inter is not None
+        codecs = (intra, inter)
+        grain_of(codecs)
+        if feedback is not None:
+            raise ValueError(f"feedback={feedback!r} takes one codec for gradients: on two levels no rank knows what "
+                             "was lost between the nodes; give one codec, or feedback=None")  # fmt: skip
+    else:
+        codecs = _packets(gradients, "gradients")
+        if feedback is not None and codecs is None:
+            raise ValueError(f"feedback={feedback!r} needs a codec for gradients, got None")
+        if node_size is not None:
+            raise ValueError(f"node_size is for a pair of codecs, inside a node and between nodes, got {gradients}")
+        if feedback is not None and codecs is not None:
+            codecs = codecs.with_feedback()
+    of_weights = _packets(weights, "weights")
+    if of_weights is not None and not isinstance(of_weights, (IntQuant, Cast)):
+        raise ValueError(f"weights must be in IntQuant or Cast, which keep all of them, got {of_weights}")
+    between = _packets(replicate_gradients, "replicate_gradients")
+    if between is not None and replicas is None:
+        raise ValueError("replicate_gradients needs replicate_group: the ranks that hold the same shard")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and below 1, got {beta}")
+    if as_int(reset_every, "reset_every") < 1:
+        raise ValueError(f"reset_every must be at least 1, got {reset_every}")
+    as_int(seed, "seed")
+    size = None
+    if codecs is not None or of_weights is not None or replicas is not None:
+        for bucket in buckets:
+            reason = bucket.refusal() or (bucket.refusal_of_weights() if of_weights is not None else None)
+            if reason is None and feedback is not None and any(slot.is_dtensor for slot in bucket.slots):
+                reason = "has parameters of tensor parallelism, whose residuals are not kept: give feedback=None"
+            if reason is not None:
+                raise ValueError(f"{bucket.label} {reason}")
+    if isinstance(codecs, tuple):
+        given = None if node_size is None else as_int(node_size, "node_size")
+        sizes = {node_size_of(dist.get_process_group_ranks(bucket.shard_group), given) for bucket in buckets}
+        if len(sizes) > 1:
+            raise ValueError(f"all modules must have as many ranks in a node for two levels, got {sorted(sizes)}")
+        size = sizes.pop()
+    return _Config(codecs, of_weights, between, feedback, size, float(beta), reset_every, seed)
+
+
+def _packets(spelling: object, name: str) -> PacketCodec | None:
+    chosen = parse_codec(spelling)  # type: ignore[arg-type]
+    if chosen is not None and not isinstance(chosen, PacketCodec):
+        raise TypeError(f"{name}: {chosen} makes no packets; it is for all_reduce, the DDP hook and the optimizers")
+    return chosen
+
+
+def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessGroup | None, setup: Count) -> State:
+    shard = buckets[0].mesh_group
+    world_size, shard_rank = (1, 0) if shard is None else (shard.size(), shard.rank())
+    replica, replica_count = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    # All replicas gather the same bits, but no two ranks round gradients alike.
+    seeds = config.seed, config.seed ^ replica << 32, config.seed ^ shard_rank << 32
+    legs = [
+        Leg(codec, one) for codec, one in zip((config.weights, config.gradients, config.replicas), seeds, strict=True)
+    ]
+    weights, gradients, between = legs
+    progress: dict[str, Progress] = {}
+    scatters: list[GradientScatter] = []
+    memory_for = _memories(config)
+    anything = config.gradients is not None or config.weights is not None
+    for bucket in buckets:
+        steps = progress[bucket.name] = Progress()
+        if config.node_size is not None and bucket.shard_group.size() > 1:
+            # Its wires are made now, by all ranks together.
+            Levels(channel_of(bucket.shard_group, bucket.device), config.node_size)
+        if anything:
+            scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for(bucket))
+            scatters.append(scatter)
+            gather = WeightGather(bucket, weights, steps, config.node_size)
+            bucket.module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+            bucket.module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+        if replicas is not None:
+            bucket.module.set_all_reduce_hook(ReplicaReduce(bucket, between, steps, replicas))
+    place = Place(world_size, replica_count, replica * world_size + shard_rank)
+    state = State(place, weights, gradients, between, progress, scatters, config.feedback, config.seed, setup)
+    if config.feedback is not None and place.row == 0 and world_size > 1:
+        _warn_of_memory(config, state, scatters)
+    return state
+
+
+def _memories(config: _Config) -> Callable[[Bucket], Memory | None]:
+    scratch = Scratch()
+
+    def make(bucket: Bucket) -> Memory | None:
+        world_size = bucket.shard_group.size() if config.feedback is not None else 1
+        slots = [slot for slot in bucket.slots if slot.trainable]
+        if config.feedback is None or world_size == 1 or not slots:
+            return None
+        if config.feedback == "full":
+            return FullMemory(slots, world_size, bucket.device)
+        return LoCoMemory(slots, world_size, bucket.device, config.beta, config.reset_every, scratch)
+
+    return make
+
+
+def _warn_of_memory(config: _Config, state: State, scatters: Sequence[GradientScatter]) -> None:
+    elements = sum(
+        slot.shape.numel() for scatter in scatters if scatter.memory is not None for slot in scatter.memory.slots
+    )
+    nbytes = state.stats().residual_nbytes
+    warnings.warn(
+        f"feedback={config.feedback!r} keeps {nbytes} bytes ({nbytes / 2**20:.1f} MiB) of residuals on every rank, for "
+        f"{elements} trainable elements, unsharded; feedback=None, with stochastic rounding, keeps none",
+        ResidualMemory,
+        stacklevel=4,
+    )

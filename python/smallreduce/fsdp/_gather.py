@@ -1,0 +1,76 @@
+"""The all-gather of one FSDP2 module: its weights as packets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.codecs import PacketCodec
+from smallreduce.collectives import all_gather_for, channel_of
+from smallreduce.collectives._levels import Levels
+from smallreduce.fsdp._leg import Gathering, Leg, Progress, borrow
+from smallreduce.fsdp._torch_groups import Bucket
+
+__all__ = ["WeightGather"]
+
+
+class WeightGather:
+    """What ``FSDPModule.set_custom_all_gather`` takes.
+
+    Args:
+        bucket: The module's.
+        leg: The codec; and what counts.
+        progress: The module's.
+        node_size: Ranks of a node, to gather on two levels; None: on one.
+    """
+
+    def __init__(self, bucket: Bucket, leg: Leg, progress: Progress, node_size: int | None) -> None:
+        self._bucket = bucket
+        self._leg = leg
+        self._progress = progress
+        self._node_size = node_size
+        self._stock = bucket.all_gather
+        self._segments = bucket.segments()
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor: Tensor = self._stock.allocate(size, dtype=dtype, device=device)
+        return tensor
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        """Gathers ``input_tensor``, this rank's part of ``output_tensor``.
+
+        On the CPU a Work is returned even where ``async_op`` is False: torch waits for it before it copies the
+        parameters out, so that what it prefetches in backward overlaps with computing there too.
+        """
+        leg, dtype, numel = self._leg, input_tensor.dtype, input_tensor.numel()
+        step = self._progress.step
+        if not any(slot.trainable for slot in self._bucket.slots):
+            self._progress.step += 1
+        uncompressed = (group.size() - 1) * input_tensor.nbytes
+        if leg.is_exact(dtype):
+            leg.count(uncompressed)
+            return self._stock(output_tensor, input_tensor, group, async_op)
+        if group.size() != self._bucket.shard_group.size():
+            raise RuntimeError(
+                f"{self._bucket.label} gathers over {group.size()} ranks, but is sharded over "
+                f"{self._bucket.shard_group.size()}: compressed weights bear no int in reshard_after_forward"
+            )
+        assert isinstance(leg.codec, PacketCodec)
+        codec, segments = leg.codec, self._segments
+        channel = channel_of(group, output_tensor.device)
+        route = channel if self._node_size is None else Levels(channel, self._node_size)
+        key = ("fsdp.gather", segments, codec, dtype, self._node_size)
+        engine, give_back = borrow(channel, key, lambda: all_gather_for(segments, numel, codec, dtype, route))
+        work = engine.launch(output_tensor, input_tensor, leg.seed, 2 * self._bucket.number, step, after=give_back)
+        leg.count(uncompressed, engine.bytes_sent)
+        if not async_op and output_tensor.is_cuda:
+            # For the stream of torch that this is called on; the host waits for nothing.
+            work.wait()
+            return None
+        return Gathering(work)

@@ -1,0 +1,53 @@
+"""The reduction between replicas of a sharded model (HSDP), for ``FSDPModule.set_all_reduce_hook``."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.collectives import Start, channel_of, engine_for, ring_bytes
+from smallreduce.fsdp._leg import Leg, Progress, borrow
+from smallreduce.fsdp._torch_groups import Bucket
+
+__all__ = ["ReplicaReduce"]
+
+
+class ReplicaReduce:
+    """Averages one module's shard of the gradients over the replicas, in place.
+
+    Args:
+        bucket: The module's.
+        leg: The codec; and what counts.
+        progress: The module's.
+        group: The ranks that hold the same shard.
+    """
+
+    def __init__(self, bucket: Bucket, leg: Leg, progress: Progress, group: dist.ProcessGroup) -> None:
+        self._bucket = bucket
+        self._leg = leg
+        self._progress = progress
+        self._group = group
+
+    def __call__(self, reduce_output: Tensor) -> None:
+        """It is complete when this returns (CUDA: for the current stream)."""
+        leg, dtype, numel, group = self._leg, reduce_output.dtype, reduce_output.numel(), self._group
+        uncompressed = ring_bytes(reduce_output.nbytes, group.size())
+        if leg.is_exact(dtype) or group.size() == 1:
+            # As torch's own HSDP does.
+            dist.all_reduce(reduce_output, op=dist.ReduceOp.AVG, group=group)
+            leg.count(uncompressed)
+            return
+        codec = leg.codec
+        assert codec is not None and not isinstance(codec, tuple)
+        segments = self._bucket.segments(trainable=True)
+        if sum(length for _, length in segments) != numel:
+            segments = ((0, numel),)
+        channel = channel_of(group, reduce_output.device)
+        key = ("fsdp.replicas", segments, codec, dtype)
+        engine, give_back = borrow(channel, key, lambda: engine_for(segments, codec, dtype, channel))
+        work = engine.launch(
+            reduce_output, dist.ReduceOp.AVG, None, None, leg.seed, 2 * self._bucket.number, self._progress.step,
+            after=give_back, start=Start(background=False),
+        )  # fmt: skip
+        leg.count(uncompressed, engine.bytes_sent)
+        work.wait()

@@ -1,0 +1,99 @@
+"""The reduce-scatter of one FSDP2 module: its gradients as packets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.collectives import Start, channel_of, reduce_scatter_for
+from smallreduce.collectives._levels import Levels
+from smallreduce.fsdp._leg import Leg, Progress, borrow
+from smallreduce.fsdp._memory import Memory
+from smallreduce.fsdp._torch_groups import Bucket
+
+__all__ = ["GradientScatter"]
+
+
+class GradientScatter:
+    """What ``FSDPModule.set_custom_reduce_scatter`` takes.
+
+    Args:
+        bucket: The module's.
+        leg: The codecs; and what counts.
+        progress: The module's.
+        node_size: Ranks in a node, where the leg has two codecs.
+        memory: What the codec took away from earlier gradients; None without feedback.
+
+    Attributes:
+        bucket, memory: As given.
+        partial: Reductions in which some trainable parameters had no gradient.
+    """
+
+    def __init__(
+        self, bucket: Bucket, leg: Leg, progress: Progress, node_size: int | None, memory: Memory | None
+    ) -> None:
+        self.bucket = bucket
+        self._leg = leg
+        self._progress = progress
+        self._node_size = node_size
+        self.memory = memory
+        self.partial = 0
+        self._stock = bucket.reduce_scatter
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor: Tensor = self._stock.allocate(size, dtype=dtype, device=device)
+        return tensor
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        """Reduces ``input_tensor``, a part for each rank, into this rank's, ``output_tensor``.
+
+        It is complete when this returns (CUDA: for the current stream), since torch drops what it returns.
+
+        Raises:
+            ValueError: ``op`` is neither AVG nor SUM.
+        """
+        leg, dtype, numel = self._leg, input_tensor.dtype, output_tensor.numel()
+        step = self._progress.step
+        self._progress.step += 1
+        uncompressed = (group.size() - 1) * output_tensor.nbytes
+        if leg.is_exact(dtype):
+            leg.count(uncompressed)
+            return self._stock(output_tensor, input_tensor, group, op, async_op)
+        if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+            raise ValueError(
+                f"{self.bucket.label} reduces with {op}, as set_gradient_divide_factor makes it; compressed gradients "
+                "take a mean or a sum: call set_force_sum_reduction_for_comms(True) on every FSDP module"
+            )
+        codec = leg.codec
+        assert codec is not None
+        segments = self.bucket.segments(trainable=True)
+        memory = self.memory
+        if sum(length for _, length in segments) != numel:
+            # torch leaves parameters without a gradient out, and does not say which.
+            self.partial += 1
+            segments, memory = ((0, numel),), None
+        channel = channel_of(group, output_tensor.device)
+        route = channel if self._node_size is None else Levels(channel, self._node_size)
+        key = ("fsdp.scatter", segments, codec, dtype, self._node_size)
+        engine, give_back = borrow(channel, key, lambda: reduce_scatter_for(segments, numel, codec, dtype, route))
+        worker = None if memory is None else memory.lend(step)
+        work = engine.launch(
+            output_tensor, input_tensor, op, worker, leg.seed, 2 * self.bucket.number + 1, step,
+            after=give_back, start=Start(background=False),
+        )  # fmt: skip
+        leg.count(uncompressed, engine.bytes_sent)
+        work.wait()
+        if memory is not None and worker is not None:
+            memory.take_back(worker, step)
+        return None

@@ -1,0 +1,222 @@
+"""The state behind a compressed FSDP2 model: what was sent, the residuals, and how far each module has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smallreduce._flat_shard import FlatShard
+from smallreduce.codecs import as_int
+from smallreduce.collectives import Count
+from smallreduce.fsdp._leg import Leg, Progress
+from smallreduce.fsdp._memory import Memory
+from smallreduce.fsdp._resharding import Place, overlaps
+from smallreduce.fsdp._scatter import GradientScatter
+from smallreduce.fsdp._stats import Stats
+
+__all__ = ["State"]
+
+_FORMAT = 1
+
+
+class State:
+    """What :func:`smallreduce.fsdp.compress` returns; one for each model, for as long as the model lives.
+
+    It holds what the model needs to continue where it was: the residuals of error feedback, if any, and how often each
+    module has reduced its gradients, on which the random bits depend.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        weights: Leg,
+        gradients: Leg,
+        replicas: Leg,
+        progress: Mapping[str, Progress],
+        scatters: list[GradientScatter],
+        feedback: str | None,
+        seed: int,
+        setup: Count,
+    ) -> None:
+        self._place = place
+        self._weights, self._gradients, self._replicas = weights, gradients, replicas
+        self._progress = dict(progress)
+        self._scatters = scatters
+        self._feedback = feedback
+        self._seed = seed
+        self._setup = setup
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A model's communication is neither pickled nor copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("State cannot be pickled, since it belongs to process groups: save its state_dict()")
+
+    @property
+    def _memories(self) -> list[Memory]:
+        return [scatter.memory for scatter in self._scatters if scatter.memory is not None]
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: tensor for memory in self._memories for name, tensor in memory.stored().items()}
+
+    def stats(self) -> Stats:
+        """What this rank has sent so far. Call it between steps."""
+        return Stats(
+            world_size=self._place.world_size,
+            replicas=self._place.replicas,
+            weights=self._weights.stats(),
+            gradients=self._gradients.stats(),
+            between_replicas=self._replicas.stats(),
+            partial_reductions=sum(scatter.partial for scatter in self._scatters),
+            residual_nbytes=sum(memory.nbytes for memory in self._memories),
+            setup_bytes_sent=self._setup.bytes_sent,
+        )
+
+    # ---- one rank's own ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, to be given back to the same rank of as many; the tensors are copies on the CPU.
+
+        For torch.distributed.checkpoint, and for another number of ranks, see :meth:`sharded_state_dict`.
+
+        Returns:
+            A dict of plain types and tensors that ``torch.load(weights_only=True)`` takes.
+        """
+        return {
+            "format": _FORMAT,
+            "row": self._place.row,
+            "ranks": [self._place.world_size, self._place.replicas],
+            "seed": self._seed,
+            "feedback": self._feedback,
+            "steps": {name: progress.step for name, progress in self._progress.items()},
+            "residuals": {name: tensor.to("cpu", copy=True) for name, tensor in self._stored().items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; every rank calls it, between the same two steps. The next steps are
+        then those that followed the saving, bit for bit.
+
+        Raises:
+            ValueError: The state is of another rank, number of ranks, seed, model or feedback, or is none at all.
+        """
+        given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict)
+        if not isinstance(state_dict, Mapping) or given != _FORMAT:
+            raise ValueError(f"not a state of smallreduce.fsdp in format {_FORMAT}, got {given!r}")
+        mine = (self._place.row, [self._place.world_size, self._place.replicas])
+        theirs = (state_dict.get("row"), list(state_dict.get("ranks", ())))
+        if mine != theirs:
+            raise ValueError(
+                f"this state belongs to rank {theirs[0]} of {_product(theirs[1])}, not to rank {mine[0]} of "
+                f"{_product(mine[1])}: save and load one for each rank; sharded_state_dict() gives a form for others"
+            )
+        for key, own in (("seed", self._seed), ("feedback", self._feedback)):
+            if state_dict.get(key) != own:
+                raise ValueError(f"this state has {key} {state_dict.get(key)!r}, but this model has {own!r}")
+        self._load(state_dict["steps"], state_dict["residuals"])
+
+    def _load(self, steps: Mapping[str, Any], residuals: Mapping[str, Tensor]) -> None:
+        shapes = self._shapes(self._place.world_size)
+        for what, given, expected in (("modules", steps, self._progress), ("residuals", residuals, shapes)):
+            if given.keys() != expected.keys():
+                differ = sorted(given.keys() ^ expected.keys())
+                raise ValueError(f"the state is of a model with other {what}: {', '.join(map(repr, differ[:5]))}")
+        for name, (dtype, numel) in shapes.items():
+            tensor = residuals[name]
+            if tensor.dtype != dtype or tensor.shape != (numel,):
+                raise ValueError(
+                    f"the residual of {name} must be {numel} elements of {dtype}, got shape {tuple(tensor.shape)} of "
+                    f"{tensor.dtype}"
+                )
+        for name, step in steps.items():
+            self._progress[name].step = as_int(step, f"the step of {name}")
+        for memory in self._memories:
+            memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
+
+    def _shapes(self, world_size: int) -> dict[str, tuple[torch.dtype, int]]:
+        """dtype and elements of each stored residual, on each of ``world_size`` ranks of a shard group."""
+        return {
+            slot.name: memory.stored_shape(slot.name, world_size) for memory in self._memories for slot in memory.slots
+        }
+
+    # ---- all ranks together -----------------------------------------------------------------------------------------
+
+    def sharded_state_dict(self, saved_on: int | tuple[int, int] | Tensor | None = None) -> dict[str, Any]:
+        """The state as torch.distributed.checkpoint saves and loads it, all ranks together.
+
+            dcp.save({"model": ..., "compression": state.sharded_state_dict()}, checkpoint_id=folder)
+
+            header = {"compression": {"ranks": torch.zeros(2, dtype=torch.int64)}}
+            dcp.load(header, checkpoint_id=folder)
+            compression = state.sharded_state_dict(header["compression"]["ranks"])
+            dcp.load({"model": ..., "compression": compression}, checkpoint_id=folder)
+            state.load_sharded_state_dict(compression)
+
+        Args:
+            saved_on: For loading: the number of ranks that saved, and in how many replicas: what ``"ranks"`` was. None,
+                or this number: this rank's own state.
+
+        Returns:
+            ``"ranks"``: int64, ranks of a shard group and replicas; ``"steps"``: int64 of one element for each module;
+            ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
+            its own, or, for loading what others saved, those that it takes over.
+
+        Raises:
+            ValueError: ``saved_on`` is no number of ranks.
+        """
+        old = self._place if saved_on is None else Place.of(saved_on)
+        if old.rows < 1:
+            raise ValueError(f"saved_on must be positive numbers of ranks and replicas, got {saved_on}")
+        rows = overlaps(self._place, old)
+        stored = self._stored() if old.rows == self._place.rows and old.world_size == self._place.world_size else {}
+        residuals = {}
+        for name, (dtype, numel) in self._shapes(old.world_size).items():
+            mine = stored[name].reshape(-1) if name in stored else torch.zeros(len(rows) * numel, dtype=dtype)
+            residuals[name] = FlatShard(mine, min(rows) * numel, old.rows * numel)
+        return {
+            "ranks": torch.tensor([old.world_size, old.replicas]),
+            "steps": {name or ".": torch.tensor(progress.step) for name, progress in self._progress.items()},
+            "residuals": residuals,
+        }
+
+    def load_sharded_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`sharded_state_dict` gave, once torch.distributed.checkpoint has filled it. Every rank
+        calls it.
+
+        From as many ranks as there are now, the next steps are those that followed the saving, bit for bit. From
+        another number each rank takes the mean of the old ranks' residuals, weighted by how far it overlaps theirs: the
+        mean over all ranks, which is what is owed to the averaged gradient, stays what it was.
+
+        Raises:
+            ValueError: The state is of another model; or of another number of ranks, and gradients are reduced in fp16.
+        """
+        old = Place.of(state_dict["ranks"])
+        weights = overlaps(self._place, old)
+        same = old.rows == self._place.rows and old.world_size == self._place.world_size
+        halves = [s.bucket.label for s in self._scatters if s.memory and s.bucket.reduce_dtype == torch.float16]
+        if halves and not same:
+            raise ValueError(
+                f"{halves[0]} reduces in fp16, for which torch first divides by what depends on the number of "
+                f"ranks, and residuals are in these units: load on {old.world_size} ranks and {old.replicas} replicas"
+            )
+        residuals = {}
+        for memory in self._memories:
+            for slot in memory.slots:
+                rows: Tensor = state_dict["residuals"][slot.name].local
+                if same:
+                    residuals[slot.name] = rows
+                    continue
+                mean = torch.zeros(slot.shape, dtype=torch.float64)
+                for row, weight in zip(rows.chunk(len(weights)), weights.values(), strict=True):
+                    mean += memory.owed(slot.name, row.cpu(), old.world_size).double() * weight
+                residuals[slot.name] = memory.store(slot.name, mean.float())
+        steps = {"" if name == "." else name: int(step) for name, step in state_dict["steps"].items()}
+        self._load(steps, residuals)
+
+
+def _product(ranks: list[int]) -> str:
+    return " x ".join(map(str, ranks)) if len(ranks) == 2 and ranks[1] > 1 else str(ranks[0] if ranks else None)
