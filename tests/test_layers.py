@@ -20,7 +20,7 @@ LAYERS = [
     ["_layout"],
     ["ops"],
     ["codecs"],
-    ["feedback"],
+    ["feedback", "_flat_shard"],
     ["collectives"],
     ["ddp", "fsdp", "ragged"],
     ["optim"],

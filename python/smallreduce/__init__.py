@@ -8,10 +8,10 @@ In use::
     sr.all_reduce(x, "int4")                       # or the collective itself
 """
 
-from smallreduce import ddp, metrics, optim
+from smallreduce import ddp, fsdp, metrics, optim
 from smallreduce._native import build_info
 from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, RandomBlocks, Sign, TopK, codec, decode, encode
-from smallreduce.collectives import Work, all_gather, all_reduce, reduce_scatter, shutdown
+from smallreduce.collectives import TwoLevel, Work, all_gather, all_reduce, reduce_scatter, shutdown, two_level
 from smallreduce.feedback import ErrorFeedback
 
 __version__ = "0.1.0.dev0"
@@ -25,6 +25,7 @@ __all__ = [
     "RandomBlocks",
     "Sign",
     "TopK",
+    "TwoLevel",
     "Work",
     "all_gather",
     "all_reduce",
@@ -33,8 +34,10 @@ __all__ = [
     "ddp",
     "decode",
     "encode",
+    "fsdp",
     "metrics",
     "optim",
     "reduce_scatter",
     "shutdown",
+    "two_level",
 ]

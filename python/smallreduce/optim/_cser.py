@@ -15,6 +15,7 @@ from smallreduce.codecs import Codec, as_int
 from smallreduce.collectives import Count, agree, channel_of, prepare_or_refuse, ring_bytes
 from smallreduce.collectives._agreement import Agreement
 from smallreduce.optim import _cser_state
+from smallreduce.optim._broadcast import broadcast_
 from smallreduce.optim._cser_arguments import check_group, check_model
 from smallreduce.optim._cser_exchange import mean_
 from smallreduce.optim._cser_part import Part, exchange
@@ -247,18 +248,9 @@ class CSER(torch.optim.Optimizer):
         header = f"smallreduce.optim.CSER: {self._scheme}, seed {self._seed}, after {self.steps} steps"
         agree(self._channel, header, lines, self._count)
 
-    @torch.no_grad()
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
-        if self._channel is None:
-            return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            alike = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-            dist.broadcast(flat, group_src=0, group=self._channel.group)
-            self._count.collectives += 1
-            self._count.bytes_sent += (self._world - 1) * flat.nbytes if self._rank == 0 else 0
-            for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
-                tensor.copy_(values.view(tensor.shape))
+        if self._channel is not None:
+            broadcast_(tensors, self._channel.group, self._count)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,439 @@
+"""SDP4Bit: what its steps give, that all ranks have the same weights, what it sends and how much memory it takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import smallreduce as sr
+from ddp.training import Given, equal, same_on_all_ranks
+from optim.sdp4bit_reference import Reference
+from optim.sdp4bit_training import EXACT, Case, batch, loss_of, net, sdp4bit, train_sdp4bit
+from ranks import outcomes, run
+from smallreduce.optim._sdp4bit_bucket import assign
+
+BACKEND = sr.metrics.register_counting_backend()
+
+SHAPES = ((33, 9), (40,), (128, 5), (7, 1), (257, 3), (5,), (64, 64), ())
+CAP_MB = 0.004
+
+ADAMW = (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1})
+MOMENTUM = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
+
+
+def given_model(dtype: torch.dtype = torch.float32) -> Given:
+    module = Given(SHAPES)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in module.weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    return module.to(dtype)
+
+
+def given_gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+# ---- what the steps give --------------------------------------------------------------------------------------------
+
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "all": {},
+    "weights themselves": {"differences": False, "gradients": None},
+    "weights alone": {"gradients": None, "weights": "int2:group=64"},
+    "gradients alone": {"weights": None, "seed": 5},
+    "one codec": {"gradients": "int4:group=64", "weights": "int8"},
+    "no hadamard": {"gradients": ("int8:group=32", "int4:group=128")},
+    "start step": {"start_step": 2},
+}
+
+
+def _matches_reference(rank: int, world: int, node_size: int, dtype: torch.dtype, optimizer: Any) -> None:
+    kind, options = optimizer
+    for name, scheme in COMPRESSED.items():
+        # Of more than two ranks gloo's exact sums have an order of their own.
+        if world > 2 and (scheme.get("start_step") or scheme.get("gradients", "") is None):
+            continue
+        model = given_model(dtype)
+        weights = list(model.weights)
+        buckets = assign(weights, CAP_MB)
+        assert len(buckets) > 1
+        reference = Reference(
+            [w.detach().clone() for w in weights], buckets, world, kind, options, node_size=node_size, **scheme
+        )
+        ours = sr.optim.SDP4Bit(model, kind, bucket_cap_mb=CAP_MB, node_size=node_size, **scheme, **options)
+        for step in range(5):
+            for accumulated in range(2):
+                key = 10 * step + accumulated
+                model(given_gradients(rank, key, dtype)).backward()
+                reference.reduce([given_gradients(r, key, dtype) for r in range(world)])
+            ours.step()
+            ours.zero_grad()
+            reference.step()
+            ours.synchronize()
+            assert equal(weights, reference.weights), (name, step)
+            assert same_on_all_ranks(weights)
+
+
+@pytest.mark.parametrize(
+    ("world", "node_size", "dtype", "optimizer"),
+    [
+        (2, 1, torch.float32, ADAMW),
+        (2, 2, torch.bfloat16, MOMENTUM),
+        (4, 2, torch.float32, MOMENTUM),
+        (3, 3, torch.float32, ADAMW),
+    ],
+)
+def test_steps_are_those_of_the_paper(world: int, node_size: int, dtype: torch.dtype, optimizer: Any) -> None:
+    run(_matches_reference, world, node_size, dtype, optimizer)
+
+
+def _stuck(rank: int, world: int) -> None:
+    # After the counter-example of section 4.1: f = |x - c|^2 / 2, each c between the levels 0 and 1 of a ternary
+    # quantiser whose scale one weight at 1, without a gradient, sets. Rounded to nearest the weights themselves are 0
+    # or 1, never nearer to c than 0.2; differences come as near as the step size lets them.
+    target = torch.linspace(0.2, 0.4, 63).view(63, 1)
+    for differences in (True, False):
+        model = nn.Linear(1, 64, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(0.75)
+            model.weight[0] = 1.0
+        optimizer = sr.optim.SDP4Bit(
+            model,
+            torch.optim.SGD,
+            lr=0.05,
+            weights="int2:group=64,rounding=nearest",
+            differences=differences,
+            gradients=None,
+            overlap=False,
+        )
+        for _ in range(400):
+            (((model.weight[1:] - target) ** 2).sum() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        error = (model.weight.detach()[1:] - target).abs()
+        assert model.weight[0].item() == 1.0
+        if differences:
+            assert error.max() < 0.002  # a hundredth of what the other cannot get below
+        else:
+            assert set(model.weight.detach()[1:].flatten().tolist()) <= {0.0, 1.0}
+            assert error.min() >= 0.2
+
+
+def test_nearest_rounding_of_weights_gets_stuck_where_that_of_differences_converges() -> None:
+    run(_stuck, 2)
+
+
+# ---- use ------------------------------------------------------------------------------------------------------------
+
+
+def _counts(rank: int, world: int) -> None:
+    cases: list[dict[str, Any]] = [{"node_size": 2}, {"gradients": "int4", "weights": "int8"}, dict(EXACT)]
+    for options in cases:
+        sr.metrics.reset()
+        _, model, optimizer = train_sdp4bit(Case(max_norm=0.1, scaled=True), rank, range(6), **options)
+        assert same_on_all_ranks(list(model.parameters()))
+        # (same_on_all_ranks has sent, too.)
+        nbytes = sum(tensor.nbytes for tensor in model.parameters())
+        stats = optimizer.stats()
+        assert stats.bytes_sent == sr.metrics.bytes_sent() - (world - 1) * nbytes
+        assert stats.bytes_sent >= stats.gradient_bytes_sent + stats.weight_bytes_sent > 0
+        assert (stats.steps, stats.passes, stats.world_size) == (6, 6, world)
+        assert "6 steps" in str(stats)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_was_sent_is_what_is_counted(world: int) -> None:
+    run(_counts, world, backend=BACKEND)
+
+
+def _memory(rank: int, world: int) -> None:
+    model = nn.Linear(640, 64 * world, bias=False)
+    numel = model.weight.numel()
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.Adam, lr=0.1, node_size=1)
+    model(torch.ones(1, 640)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    memory = optimizer.memory()
+    part = numel // world
+    assert memory.weights == 4 * numel
+    assert memory.master == 4 * part
+    assert memory.optimizer_state == 2 * 4 * part + 4  # and a step
+    assert memory.gradients == 4 * numel  # the buffer of the only bucket
+    # Of gradients what is sent and what is received, of weights what is received: int4 with its scales and header.
+    assert 3 * numel / 2 < memory.packets < 1.1 * 3 * numel / 2
+    assert model.weight.grad is None
+    assert "master" in str(memory)
+
+
+def test_memory() -> None:
+    run(_memory, 2)
+
+
+def _one_rank(rank: int, world: int) -> None:
+    losses, model, optimizer = train_sdp4bit(Case(dtype=torch.bfloat16), rank, range(4))
+    exact, same, _ = train_sdp4bit(Case(dtype=torch.bfloat16), rank, range(4), **EXACT)
+    assert equal(losses, exact)
+    assert equal(list(model.parameters()), list(same.parameters()))
+    assert optimizer.stats().bytes_sent == 0
+    assert math.isnan(optimizer.stats().wire_ratio)
+
+
+def test_one_rank_copies_exactly() -> None:
+    run(_one_rank, 1)
+
+
+def _overlap(rank: int, world: int) -> None:
+    cases = [Case(micro_batches=2, groups=True), Case(checkpointed=True, dtype=torch.bfloat16)]
+    for case in cases:
+        results = [train_sdp4bit(case, rank, range(6), node_size=1, overlap=overlap) for overlap in (True, False)]
+        (losses, model, _), (others, other, _) = results
+        assert equal(losses, others)
+        assert equal(list(model.parameters()), list(other.parameters()))
+    # state_dict() and evaluation wait by themselves.
+    model = net()
+    optimizer = sdp4bit(Case(), model, node_size=1)
+    loss_of(model, batch(rank, 0)).backward()
+    optimizer.step()
+    seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not optimizer._gathering or all(e.weights.work is None for e in optimizer._exchanges)
+    optimizer.synchronize()
+    assert equal(list(seen.values()), list(model.state_dict().values()))
+    ema = copy.deepcopy(model)  # shares no hook that does anything
+    ema.load_state_dict(seen)
+    assert optimizer._loaded == set()
+    assert same_on_all_ranks(list(ema.parameters()))
+
+
+def test_overlap_changes_nothing() -> None:
+    run(_overlap, 2)
+
+
+def _set_to_zero(rank: int, world: int) -> None:
+    for options in (EXACT, {"node_size": 1}):
+        models = net(), net()
+        for model, to_none in zip(models, (True, False), strict=True):
+            optimizer = sdp4bit(Case(max_norm=0.1), model, **options)
+            for step in range(3):
+                loss_of(model, batch(rank, step)).backward()
+                norm = optimizer.clip_grad_norm_(0.1)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=to_none)
+            grads = [one.tensor.grad for bucket in optimizer._buckets for one in bucket.slices]
+            assert all(grad is None if to_none else grad is not None and not grad.any() for grad in grads)
+            assert norm > 0.1
+            optimizer.synchronize()
+        assert equal(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_gradients_set_to_zero() -> None:
+    run(_set_to_zero, 2)
+
+
+class _Half(nn.Module):
+    """Uses one of its layers only where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        h = self.always(x)
+        return self.sometimes(h) if both else h
+
+
+def _unused(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model, whole = _Half(), _Half()
+    whole.load_state_dict(model.state_dict())
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.5, bucket_cap_mb=0.00001, **EXACT)
+    for _ in range(3):
+        model(x, rank == 0).sum().backward()  # only rank 0 uses the second
+        optimizer.step()
+        optimizer.zero_grad()
+        whole.zero_grad()
+        (whole(x, True).sum() * 0.5 + whole(x, False).sum() * 0.5).backward()
+        with torch.no_grad():
+            for p in whole.parameters():
+                p -= 0.5 * (torch.zeros_like(p) if p.grad is None else p.grad)
+    optimizer.synchronize()
+    assert same_on_all_ranks(list(model.parameters()))
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums of six addends, in another order
+    # What an earlier pass accumulated of a parameter that the last does not use is reduced, too.
+    before = model.sometimes.weight.detach().clone()
+    with optimizer.no_sync():
+        model(x, True).sum().backward()
+    assert model.sometimes.weight.grad is not None
+    model(x, False).sum().backward()
+    assert model.sometimes.weight.grad is None
+    optimizer.step()
+    optimizer.synchronize()
+    assert not torch.equal(model.sometimes.weight, before)
+
+
+def test_parameters_without_a_gradient() -> None:
+    run(_unused, 2)
+
+
+def _scaler(rank: int, world: int) -> None:
+    # The one-element model leaves the last rank without any slice.
+    for model in (net(), nn.Linear(1, 1, bias=False)):
+        size = 23 if hasattr(model, "middle") else 1
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, scaler=scaler, node_size=1)
+        before = [p.detach().clone() for p in model.parameters()]
+        for step, bad in enumerate([rank == 1, False, rank == 0]):
+            x = torch.full((2, size), math.inf if bad else 1.0)
+            scaler.scale(model(x).sum()).backward()
+            if step:
+                scaler.unscale_(optimizer)
+                optimizer.clip_grad_norm_(1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            optimizer.synchronize()
+            assert scaler.get_scale() == [4.0, 4.0, 2.0][step]
+            assert same_on_all_ranks(list(model.parameters()))
+            assert equal(list(model.parameters()), before) == (step == 0)
+        assert optimizer.stats().steps == 1
+    unknown = torch.amp.GradScaler("cpu")
+    optimizer = sdp4bit(Case(), net(), node_size=1)
+    unknown.scale(loss_of(optimizer._model, batch(rank, 0))).backward()
+    with pytest.raises(RuntimeError, match="scaler=scaler"):
+        unknown.step(optimizer)
+
+
+def test_a_gradient_scaler_decides_alike_on_all_ranks() -> None:
+    run(_scaler, 2)
+
+
+def _norms(rank: int, world: int) -> None:
+    # Of a sharded norm the exact one on one rank is the measure: sums in another order, of fp32 and fp64.
+    for kind in (2.0, 1.0, math.inf):
+        model = given_model()
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, node_size=1, bucket_cap_mb=CAP_MB, weights=None)
+        model(given_gradients(rank, 0)).backward()
+        parts = [one.tensor.grad.clone() for bucket in optimizer._buckets for one in bucket.slices]
+        everyones: list[Any] = [None] * world
+        dist.all_gather_object(everyones, parts)
+        expected = nn.utils.get_total_norm([part.double() for of_rank in everyones for part in of_rank], kind)
+        total = optimizer.clip_grad_norm_(0.5, kind)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=0.0)
+        after = optimizer.clip_grad_norm_(1e9, kind)
+        torch.testing.assert_close(after, torch.tensor(0.5), rtol=1e-4, atol=0.0)
+        model(given_gradients(rank, 1)).backward()
+        next(iter(optimizer._buckets[0].slices)).tensor.grad.fill_(math.nan)
+        with pytest.raises(RuntimeError, match="cannot be clipped"):
+            optimizer.clip_grad_norm_(0.5, kind, error_if_nonfinite=True)
+
+
+def test_norms_are_global() -> None:
+    run(_norms, 2)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _refuses(rank: int, world: int) -> None:
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"weights": "topk:0.1"}, ValueError, "all elements"),
+        ({"weights": "random-blocks:0.1"}, TypeError, "makes packets"),
+        ({"weights": "int5"}, ValueError, "int5"),
+        ({"gradients": ("int8", "int4", "int2")}, ValueError, "got 3"),
+        ({"gradients": (None, "int4")}, ValueError, "none or both"),
+        ({"gradients": ("int8", "int4-hadamard"), "node_size": 1}, ValueError, "hadamard"),
+        ({"node_size": 3}, ValueError, "node_size must divide"),
+        ({"differences": 1}, TypeError, "differences must be a bool"),
+        ({"start_step": -1}, ValueError, "start_step"),
+        ({"master_dtype": torch.bfloat16}, ValueError, "hold all values"),
+        ({"master_dtype": torch.float64}, ValueError, "need a master"),
+        ({"bucket_cap_mb": 0}, ValueError, "bucket_cap_mb"),
+        ({"seed": 0.5}, TypeError, "seed"),
+        ({"scaler": 3}, TypeError, "GradScaler"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, "another"),
+        ({"momentun": 0.9}, TypeError, "momentun"),
+        ({"lr": -1.0}, ValueError, "learning rate"),
+        ({"process_group": 3}, TypeError, "process_group"),
+    ]
+    for options, kind, message in bad:
+        options = {"lr": 0.1, "node_size": 1, **options}
+        with pytest.raises(kind, match=message):
+            sr.optim.SDP4Bit(net(), torch.optim.SGD, **options)
+    for model, optimizer, kind, message in (
+        (nn.parallel.DistributedDataParallel(net()), torch.optim.SGD, TypeError, "its .module"),
+        (3, torch.optim.SGD, TypeError, "nn.Module"),
+        (net().requires_grad_(False), torch.optim.SGD, ValueError, "requires a gradient"),
+        (net(), torch.optim.LBFGS, TypeError, "by itself"),
+        (net(), 3, TypeError, "subclass"),
+        (net(torch.float64), torch.optim.SGD, ValueError, "hold all values"),
+    ):
+        with pytest.raises(kind, match=message):
+            sr.optim.SDP4Bit(model, optimizer, lr=0.1, node_size=1)  # type: ignore[arg-type]
+    # One rank's mistake is an error on all, and the ranks stay in step.
+    with pytest.raises((ValueError, RuntimeError), match="start_step"):
+        sdp4bit(Case(), net(), node_size=1, start_step=-rank)
+    with pytest.raises(RuntimeError, match="do not agree"):
+        sdp4bit(Case(), net(), node_size=1, seed=rank)
+    with pytest.raises(RuntimeError, match="lr"):
+        sr.optim.SDP4Bit(net(), torch.optim.SGD, lr=0.1 + rank, **EXACT)
+
+    model = net()
+    optimizer = sdp4bit(Case(), model, node_size=1)
+    for refused in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            refused(optimizer)
+    with pytest.raises(ValueError, match="at construction"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.step()  # without any gradient it does nothing
+    assert optimizer.stats().steps == 0
+    with optimizer.no_sync():
+        loss_of(model, batch(rank, 0)).backward()
+    with pytest.raises(RuntimeError, match="outside of no_sync"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    model.frozen.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="did not require a gradient"):
+        optimizer.step()
+    model.frozen.weight.requires_grad_(False)
+    # A gradient that comes twice.
+    x = torch.randn(2, 31, requires_grad=True)
+    twice = [torch.utils.checkpoint.checkpoint(model.middle, x, use_reentrant=True).sum() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="twice"):
+        (sum(twice) * model.scale).backward()
+    optimizer.zero_grad()
+    embedding = nn.Embedding(4, 8, sparse=True)
+    sr.optim.SDP4Bit(embedding, torch.optim.SGD, lr=0.1, **EXACT)
+    with pytest.raises(TypeError, match="dense"):
+        embedding(torch.tensor([1])).sum().backward()
+    model.double()
+    with pytest.raises(RuntimeError, match="no longer where"):
+        optimizer.step()
+
+
+def test_what_is_refused_is_refused_on_all_ranks() -> None:
+    run(_refuses, 2)
+
+
+def _uneven(rank: int, world: int) -> None:
+    model = net()
+    optimizer = sdp4bit(Case(), model, node_size=1)
+    for _ in range(1 + rank):
+        loss_of(model, batch(rank, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+
+
+def test_a_rank_with_more_steps_raises() -> None:
+    results = outcomes(_uneven, 2, keep=False, group_timeout=2)
+    assert results[1].error is not None
