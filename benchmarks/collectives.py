@@ -36,7 +36,7 @@ from torch import Tensor
 
 import smallreduce as sr
 from error_bounds import BLOCK, hadamard_matrix
-from measurement import Spread, collective_seconds, save, table
+from measurement import Spread, collective_seconds, interface_sent_nbytes, save, table
 from smallreduce import metrics
 
 CODECS = ("fp16", "int8", "int4", "int4-hadamard", "int2", "sign", "topk:0.001")
@@ -93,18 +93,6 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"a size looks like 1000, 64K or 16M (powers of 1024), got {text!r}")
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
-
-
-def interface_sent_nbytes() -> int | None:
-    """What the network device of slow_network.py has sent so far; None elsewhere."""
-    if "SLOW_NETWORK_RATE" not in os.environ:
-        return None
-    name = os.environ["GLOO_SOCKET_IFNAME"]
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        device, _, figures = line.partition(":")
-        if device.strip() == name:
-            return int(figures.split()[8])
-    raise RuntimeError(f"/proc/self/net/dev has no device {name}")
 
 
 class Case:

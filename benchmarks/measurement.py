@@ -73,6 +73,26 @@ def collective_seconds(
     return {name: Spread.of(seconds[1:, column].tolist()) for column, name in enumerate(calls)}
 
 
+def slowest(seconds: list[float]) -> list[float]:
+    """The largest of all ranks, element by element."""
+    times = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    result: list[float] = times.tolist()
+    return result
+
+
+def interface_sent_nbytes() -> int | None:
+    """What the network device of slow_network.py, the node's, has sent so far; None elsewhere."""
+    if "SLOW_NETWORK_RATE" not in os.environ:
+        return None
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        device, _, figures = line.partition(":")
+        if device.strip() == name:
+            return int(figures.split()[8])
+    raise RuntimeError(f"/proc/self/net/dev has no device {name}")
+
+
 def differing_parameters(model: torch.nn.Module) -> int:
     """Elements, over all ranks, whose bits are not those of rank 0."""
     flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -109,9 +129,10 @@ def description() -> dict[str, Any]:
     status = _git("status", "--porcelain", "--untracked-files=no")
     script = Path(sys.argv[0]).resolve()
     arguments = list(sys.argv[1:])
-    if "--json" in arguments:  # where the result was written is no part of what was measured
-        place = arguments.index("--json")
-        del arguments[place : place + 2]
+    for option in ("--json", "--at-most"):  # where results go, and in how many pieces, is no part of what was measured
+        if option in arguments:
+            place = arguments.index(option)
+            del arguments[place : place + 2]
     return {
         "command": shlex.join([script.relative_to(REPOSITORY).as_posix(), *arguments]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

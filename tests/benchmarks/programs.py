@@ -7,13 +7,39 @@ folders of tests have the names of some of them.
 import sys
 from pathlib import Path
 
-__all__ = ["collectives", "convergence", "error_bounds", "kernels", "plot", "slow_network", "training"]
+__all__ = [
+    "collectives",
+    "comparison",
+    "convergence",
+    "error_bounds",
+    "kernel_operations",
+    "kernels",
+    "memory",
+    "plot",
+    "sharded",
+    "slow_network",
+    "tables",
+    "training",
+]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = str(ROOT / "benchmarks")
 
 sys.path += [str(ROOT), FOLDER]
 try:
-    from benchmarks import collectives, convergence, error_bounds, kernels, plot, slow_network, training
+    from benchmarks import (
+        collectives,
+        comparison,
+        convergence,
+        error_bounds,
+        kernel_operations,
+        kernels,
+        memory,
+        plot,
+        sharded,
+        slow_network,
+        tables,
+        training,
+    )
 finally:
     sys.path.remove(FOLDER)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import convergence, plot
+from programs import convergence, tables
 
 from ranks import run
 from smallreduce import metrics
@@ -129,7 +129,7 @@ def test_the_table_of_the_program() -> None:
 
 
 def test_the_table_of_the_text() -> None:
-    text = plot.convergence_section(document("gpt", OF_TEXT))
+    text = tables.convergence_section(document("gpt", OF_TEXT))
     assert text.startswith(
         "`gpt`: 2.00 M parameters, 40 steps, 4 ranks with batches of 16, 2 seed(s); Nesterov momentum 0.9; sparsity "
         "warm-up of 10 steps; gradients clipped to 0.25 each; learning rate out of 0.1, 0.2, by another seed.\n"
@@ -144,13 +144,13 @@ def test_the_table_of_the_text() -> None:
 
 
 def test_the_table_of_the_digits() -> None:
-    text = plot.convergence_section(document("digits", OF_DIGITS))
+    text = tables.convergence_section(document("digits", OF_DIGITS))
     assert "| `dgc` | 0.1 | 2.0000 (2.0000-2.0000) | 97.88 (97.25-98.50) | -0.62 | 10.00 | 3.33 | 10.0 | 30.0 |" in text
     assert text.endswith(
         "`dgc`: 0.62 points of accuracy below `sgd`, target 0.5 (missed); 30 times fewer bytes after the warm-up, "
         "target 200 (missed)."
     )
-    section = plot.section("convergence", {"convergence-digits": {**document("digits", OF_DIGITS), **MADE_BY}})
+    section = tables.section("convergence", {"convergence-digits": {**document("digits", OF_DIGITS), **MADE_BY}})
     assert section.startswith(
         "### convergence-digits\n\n`python -m torch.distributed.run --nproc-per-node 4 benchmarks/"
     )
@@ -161,7 +161,7 @@ def test_what_diverged_is_said() -> None:
     rows = [*OF_DIGITS[:2], row("ef-sgd-32", 0, loss=math.nan, accuracy=10.0), row("ef-sgd-32", 1, accuracy=90.0)]
     line = convergence.format_runs(rows, 10).splitlines()[3]
     assert "NaN: 1 of 2" in line
-    text = plot.convergence_section(document("digits", rows))
+    text = tables.convergence_section(document("digits", rows))
     assert "| `ef-sgd-32` | 0.1 | NaN with 1 of 2 seeds | 50.00 (10.00-90.00) | -48.50 |" in text
 
 

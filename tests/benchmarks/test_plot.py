@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import plot
+from programs import plot, tables
 
 SPREAD = {"median": 0.25, "low": 0.2, "high": 0.3, "repeats": 11}
 MADE_BY = {
@@ -67,7 +67,7 @@ COLLECTIVES = {
 
 
 def test_a_training_table() -> None:
-    rows = plot.training_section(TRAINING).splitlines()
+    rows = tables.training_section(TRAINING).splitlines()
     assert "1.50 M parameters, 4 steps, 4 ranks, 3 seed(s), links of 100 Mb/s." in rows
     assert "| `ddp` | 1000 (200-300) | 100 | 900 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
     assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
@@ -76,25 +76,82 @@ def test_a_training_table() -> None:
 def test_the_verdict_on_dgc() -> None:
     met = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
     text = "`dgc`: 30.0 ms exposed, `ddp` 900 ms; target a thirtieth (met)."
-    assert plot.training_section(met).endswith(text)
-    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in plot.training_section(met)
+    assert tables.training_section(met).endswith(text)
+    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in tables.training_section(met)
     missed = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.131, 9.0, 1e4)]}
-    assert plot.training_section(missed).endswith("(missed).")
-    assert "thirtieth" not in plot.training_section({**met, "link_rate": "1gbit"})
+    assert tables.training_section(missed).endswith("(missed).")
+    assert "thirtieth" not in tables.training_section({**met, "link_rate": "1gbit"})
+
+
+def sharded(compute: float, link_rate: str | None) -> dict[str, Any]:
+    steps = {"ddp": (1.0, 2.0), "fsdp2": (2.0, 2.0), "fsdp2-int4": (0.5, 2.004), "sdp4bit": (0.8, 2.02)}
+    rows = [
+        {
+            **run(method, 0, step, loss, 4e6 * step),
+            "compute_seconds": {**SPREAD, "median": compute},
+            "link_nbytes_per_step": None if link_rate is None else 5e6 * step,
+        }
+        for method, (step, loss) in steps.items()
+    ]
+    return {"benchmark": "sharded", **MADE_BY, "link_rate": link_rate, "ranks_per_node": "2", "rows": rows}
+
+
+def test_a_sharded_table_compares_times_with_fsdp2() -> None:
+    text = tables.sharded_section(sharded(0.1, "100mbit"))
+    assert "| `fsdp2-int4` | 500 (200-300) | 100 | 400 | 4.00 | 2.000 | 4.0 | 2.500 | 2.0040 | +0.20% | 0 |" in text
+    assert text.endswith(
+        "Computing takes 5.0% of the step of `fsdp2`; the target is for less than a tenth.\n\n"
+        "* `fsdp2-int4`: 4.0 times as fast as `fsdp2`, target 4 (met).\n"
+        "* `sdp4bit`: 2.5 times as fast as `fsdp2`, target 4 (missed)."
+    )
+    assert "as `fsdp2`, no target." in tables.sharded_section(sharded(0.2, "100mbit"))
+    assert "--ranks 4 --rate 100mbit --ranks-per-node 2 -- python" in tables.where(sharded(0.1, "100mbit"))
+
+
+def test_a_sharded_table_compares_losses_where_the_link_is_not_limited() -> None:
+    text = tables.sharded_section(sharded(0.1, None))
+    assert "| `fsdp2-int4` | 500 (200-300) | 100 | 400 | 4.00 | 2.000 | 4.0 | 2.0040 | +0.20% | 0 |" in text
+    assert text.endswith(
+        "* `fsdp2-int4`: +0.20% of the loss of `fsdp2`; target +0.25 % (met).\n"
+        "* `sdp4bit`: +1.00% of the loss of `ddp`; target +0.25 % (missed)."
+    )
+
+
+def test_a_sharded_table_says_how_much_seeds_differ() -> None:
+    losses = {"ddp": (2.0, 2.1), "sdp4bit-weights": (2.2, 2.2), "sdp4bit-gradients": (2.0, 2.121)}
+    rows = [run(method, seed, 1.0, loss, 1e6) for method, of in losses.items() for seed, loss in enumerate(of)]
+    text = tables.sharded_section({"benchmark": "sharded", **MADE_BY, "link_rate": None, "rows": rows})
+    assert text.endswith(
+        "* `sdp4bit-weights`: +7.32% of the loss of `ddp` (+4.76% to +10.00% by seed); target: each seed worse than "
+        "any of `ddp` (met).\n"
+        "* `sdp4bit-gradients`: +0.51% of the loss of `ddp` (+0.00% to +1.00% by seed)."
+    )
+
+
+def test_a_memory_table() -> None:
+    parts = {f"{part}_nbytes": 1_000_000 for part in ("weights", "gradients", "optimizer", "feedback")}
+    row = {"parameters": 250_000, "world_size": 4, **parts, "computed_nbytes": 4_000_000}
+    rows = [
+        {**row, "method": "fsdp2", "measured_nbytes": 5_000_000},
+        {**row, "method": "sdp4bit", "measured_nbytes": 7_500_000},
+    ]
+    text = tables.memory_section({"benchmark": "memory", **MADE_BY, "world_size": 1, "rows": rows})
+    assert text.startswith("0.25 M parameters in fp32, 4 ranks; MB of a rank.\n\n")
+    assert "| `sdp4bit` | 1.0 | 1.0 | 1.0 | 1.0 | 4.0 | 7.5 | 3.5 | 1.50 |" in text
 
 
 def test_a_collectives_table() -> None:
-    text = plot.collectives_section(COLLECTIVES)
+    text = tables.collectives_section(COLLECTIVES)
     assert text.startswith("2048 bytes of fp32 on 4 ranks, links of 100 Mb/s. The file has 2 sizes from 1024 bytes.")
     times, ratios = "| 250 (200-300) | 250 (200-300) | 100.0 |", " 6.00 | 8.00 | 0.75 | 1.2e-01 | 3 | 7.60 missed |"
     assert f"| all_reduce | `int4` {times}{ratios}" in text
 
 
 def test_a_result_says_how_it_was_made() -> None:
-    text = plot.where(TRAINING)
+    text = tables.where(TRAINING)
     assert "`python benchmarks/slow_network.py --ranks 4 --rate 100mbit -- python benchmarks/x.py --steps 4`" in text
     assert "Some Processor, 2 cores; torch 2.13.0; kernels avx2; commit 0123456789; 2026-01-02." in text
-    assert "with uncommitted changes" in plot.where({**TRAINING, "uncommitted_changes": True})
+    assert "with uncommitted changes" in tables.where({**TRAINING, "uncommitted_changes": True})
 
 
 def test_a_page_is_filled_between_its_markers() -> None:
@@ -120,7 +177,10 @@ def test_the_summary_shows_losses_where_the_link_is_not_limited() -> None:
     assert "| `int4` | 250 ms | +1.00% |" in shown
 
 
-@pytest.mark.parametrize("name, document", [("training", TRAINING), ("collectives", COLLECTIVES)])
+DRAWN = {"training": TRAINING, "collectives": COLLECTIVES, "sharded": sharded(0.1, "100mbit")}
+
+
+@pytest.mark.parametrize("name, document", list(DRAWN.items()))
 def test_a_picture_carries_the_digest_of_its_results(name: str, document: dict[str, Any], tmp_path: Path) -> None:
     _, draw, chosen = plot.PICTURES[name]
     documents = chosen({name: document})

@@ -1,0 +1,215 @@
+"""Training a small GPT with sharded data parallelism, compressed and as torch has it: step time, bytes and loss.
+
+    python benchmarks/slow_network.py --ranks 4 --ranks-per-node 2 --rate 1gbit -- python benchmarks/sharded.py
+    torchrun --nproc-per-node 4 benchmarks/sharded.py --node-size 2 --methods ddp sdp4bit --steps 2000 --seeds 0 1 2
+
+Model, corpus, schedule and figures are those of ``training.py``, whose program this is but for the methods, all of
+them with AdamW:
+
+ddp                     DistributedDataParallel
+zero                    torch's ZeroRedundancyOptimizer, under DistributedDataParallel
+fsdp2                   torch's fully_shard of every block and of the whole
+fsdp2-int4              the same under ``sr.fsdp.compress``: gradients in int4-hadamard, weights in int8
+fsdp2-two-level         gradients in int8-hadamard inside a node and int4-hadamard between nodes, weights in int8
+fsdp2-int4-loco         as fsdp2-int4, with the error feedback of LoCo, whose residual is kept in 8 bits
+sdp4bit                 ``sr.optim.SDP4Bit``: two-level gradients, 4-bit differences of weights
+sdp4bit-exact           without compression; and with one part of it alone:
+sdp4bit-weights         4-bit weights, not differences
+sdp4bit-differences     4-bit differences of weights
+sdp4bit-gradients       two-level gradients
+sdp4bit-plain-gradients the same without the Hadamard transform
+
+``-keep`` at the end of an fsdp2 method keeps the gathered weights from the forward pass for the backward pass
+(``reshard_after_forward=False``).
+
+compute    is the forward and backward pass of the same model on each rank alone, without any wrapper, and AdamW on as
+           many parameters as a rank updates: all with ddp, else their number divided by that of the ranks
+sent       counts what a rank sends inside its node too; "link" is what the node's network device sent, all included
+loss       is compared with that of ddp, times and bytes are with those of fsdp2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import smallreduce as sr
+from comparison import (
+    ADAMW,
+    Batch,
+    Run,
+    Trained,
+    backward_seconds,
+    check_arguments,
+    format_runs,
+    make_parser,
+    model_of,
+    run_all,
+    update_seconds,
+)
+from train_gpt import GPT  # comparison.py has put its folder on the path
+
+Gradients = str | tuple[str, str] | None
+WEIGHTS = "int4:group=2048"
+TWO_LEVEL = ("int8-hadamard:group=128", "int4-hadamard:group=128")
+
+
+@dataclass(frozen=True)
+class FSDP2:
+    """``fully_shard``, and what ``sr.fsdp.compress`` is told."""
+
+    gradients: Gradients = None
+    weights: str | None = None
+    feedback: str | None = None
+
+    @property
+    def compresses(self) -> bool:
+        return self.gradients is not None or self.weights is not None
+
+
+@dataclass(frozen=True)
+class SDP4Bit:
+    """What ``sr.optim.SDP4Bit`` is told."""
+
+    weights: str | None = None
+    differences: bool = True
+    gradients: Gradients = None
+
+
+KEEP = "-keep"
+FSDP2S = {
+    "fsdp2": FSDP2(),
+    "fsdp2-int4": FSDP2("int4-hadamard", "int8"),
+    "fsdp2-two-level": FSDP2(("int8-hadamard", "int4-hadamard"), "int8"),
+    "fsdp2-int4-loco": FSDP2("int4-hadamard", "int8", "int8"),
+}
+SDP4BITS = {
+    "sdp4bit": SDP4Bit(WEIGHTS, True, TWO_LEVEL),
+    "sdp4bit-exact": SDP4Bit(),
+    "sdp4bit-weights": SDP4Bit(WEIGHTS, False),
+    "sdp4bit-differences": SDP4Bit(WEIGHTS, True),
+    "sdp4bit-gradients": SDP4Bit(gradients=TWO_LEVEL),
+    "sdp4bit-plain-gradients": SDP4Bit(gradients=("int8:group=128", "int4:group=128")),
+}
+METHODS = ("ddp", "zero", *FSDP2S, *(f"{method}{KEEP}" for method in FSDP2S), *SDP4BITS)
+DEFAULT_METHODS = ("ddp", "zero", "fsdp2", "fsdp2-int4", "fsdp2-two-level", "sdp4bit")
+
+
+class Alone:
+    """A rank's computing without the others: the model without any wrapper, and AdamW on a part of the parameters.
+
+    Args:
+        parts: The optimizer has one of so many equal parts.
+    """
+
+    def __init__(self, args: argparse.Namespace, parts: int) -> None:
+        self._args, self._parts = args, parts
+
+    @functools.cached_property
+    def _made(self) -> tuple[GPT, torch.optim.Optimizer]:
+        # Not before it is asked for, so that whoever measures memory has none of it.
+        with torch.random.fork_rng(devices=[]):
+            model = model_of(self._args)
+        part = nn.Parameter(torch.zeros(sum(p.numel() for p in model.parameters()) // self._parts))
+        return model, torch.optim.AdamW([part], lr=self._args.lr, **ADAMW)
+
+    def __call__(self, batch: Batch, update: float) -> float:
+        """Seconds of a step; ``update``, what the method's own optimizer took with its communication, is no part."""
+        model, optimizer = self._made
+        model.zero_grad(set_to_none=True)
+        seconds = backward_seconds(model, optimizer, batch)
+        (part,) = optimizer.param_groups[0]["params"]
+        part.grad = torch.ones_like(part)
+        return seconds + update_seconds(optimizer)
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Within it the parameters of ``model`` are whole, as its all-gathers deliver them; all ranks call it."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+def shard(model: GPT, reshard_after_forward: bool) -> None:
+    """Stock FSDP2: each block is a unit, and what remains, embeddings and head, another."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh)
+
+
+def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
+    """Makes ``model`` one that ``method`` trains; all ranks call it."""
+    options: dict[str, Any] = dict(lr=args.lr, **ADAMW)
+    compute = Alone(args, 1 if method == "ddp" else dist.get_world_size())
+    optimizer: torch.optim.Optimizer
+    if method == "ddp":
+        ddp = DistributedDataParallel(model)
+        return Trained(ddp, torch.optim.AdamW(ddp.parameters(), **options), compute)
+    if method == "zero":
+        ddp = DistributedDataParallel(model)
+        optimizer = ZeroRedundancyOptimizer(
+            ddp.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, **options
+        )
+        return Trained(ddp, optimizer, compute)
+    if method in SDP4BITS:
+        told = SDP4BITS[method]
+        sdp4bit = sr.optim.SDP4Bit(
+            model,
+            torch.optim.AdamW,
+            weights=told.weights,
+            differences=told.differences,
+            gradients=told.gradients,
+            node_size=args.node_size,
+            **options,
+        )
+        return Trained(model, sdp4bit, compute, settle=sdp4bit.synchronize)
+    fsdp2 = FSDP2S[method.removesuffix(KEEP)]
+    shard(model, reshard_after_forward=not method.endswith(KEEP))
+    if fsdp2.compresses:
+        sr.fsdp.compress(
+            model,
+            gradients=fsdp2.gradients,
+            weights=fsdp2.weights,
+            feedback=fsdp2.feedback,
+            node_size=args.node_size if isinstance(fsdp2.gradients, tuple) else None,
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    return Trained(model, optimizer, compute, whole=functools.partial(unsharded, model))
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """Times and bytes are compared with stock FSDP2 where it was run, losses with DDP in the documentation."""
+    return format_runs(runs, "fsdp2" if any(run.method == "fsdp2" for run in runs) else "ddp")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, DEFAULT_METHODS)
+    parser.add_argument("--node-size", type=int, help="ranks of a node; default: as the launcher says")
+    args = parser.parse_args(arguments)
+    check_arguments(parser, args)
+    if unknown := [method for method in args.methods if method not in METHODS]:
+        parser.error(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}")
+    return args
+
+
+if __name__ == "__main__":
+    run_all("sharded", parse_arguments(), prepare, tables)

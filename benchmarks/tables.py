@@ -1,0 +1,410 @@
+"""The tables of the documentation, in Markdown, each made from one committed result. ``plot.py`` puts them in place."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Document = dict[str, Any]  # one results file
+Row = dict[str, Any]
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    columns = lines[0].count(" | ") + 1
+    return "\n".join([lines[0], "|---" * columns + "|", *lines[1:]])
+
+
+def where(document: Document) -> str:
+    """The command and the machine of a result, in a sentence."""
+    link = document["link_rate"]
+    launcher, ranks = "", document["world_size"]
+    if link is not None:
+        nodes = document["ranks_per_node"]
+        launcher = f"benchmarks/slow_network.py --ranks {ranks} --rate {link} " + (
+            "-- python " if nodes == "1" else f"--ranks-per-node {nodes} -- python "
+        )
+    elif ranks > 1:
+        launcher = f"-m torch.distributed.run --nproc-per-node {ranks} "
+    processor = document["gpu"] or f"{document['processor']}, {document['cores']} cores"
+    changed = " with uncommitted changes" if document["uncommitted_changes"] else ""
+    commit = f"commit {document['commit'][:10]}{changed}" if document["commit"] else "no commit known"
+    return (
+        f"`python {launcher}{document['command']}`  \n{processor}; torch {document['torch']}; "
+        f"kernels {document['smallreduce']['cpu']}; {commit}; {document['time'][:10]}."
+    )
+
+
+def milliseconds(spread: Row) -> str:
+    return f"{1e3 * spread['median']:.3g} ({1e3 * spread['low']:.3g}-{1e3 * spread['high']:.3g})"
+
+
+def kernels_section(document: Document) -> str:
+    ours = [row for row in document["rows"] if row["moved_nbytes"] is not None]
+    others = [row for row in document["rows"] if row["moved_nbytes"] is None]
+    megabytes = ours[0]["uncompressed_nbytes"] / 1e6
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in ours):
+        by_codec: dict[str, dict[str, Row]] = {}
+        for row in ours:
+            if row["dtype"] == dtype:
+                by_codec.setdefault(row["codec"], {})[row["operation"]] = row
+        parts.append(
+            f"{megabytes:.0f} MB of {dtype}, {document['threads']} thread(s): GB/s (and the fraction of a copy)."
+        )
+        # The operations of a codec, and those of sharded training, of which each has a codec of its own.
+        for operations in dict.fromkeys(tuple(rows) for rows in by_codec.values()):
+            parts.append(
+                markdown(
+                    [dtype, *operations],
+                    (
+                        [f"`{codec}`", *(f"{row['gb_per_s']:.1f} ({row['fraction']:.2f})" for row in rows.values())]
+                        for codec, rows in by_codec.items()
+                        if tuple(rows) == operations
+                    ),
+                )
+            )
+    if others:
+        parts.append(
+            "Other libraries on the same fp32 buffer, in the same run:\n\n"
+            + markdown(
+                ["library", "operation", "GB/s", "fraction of a copy"],
+                (
+                    [row["codec"], row["operation"], f"{row['gb_per_s']:.1f}", f"{row['fraction']:.2f}"]
+                    for row in others
+                ),
+            )
+        )
+    selections = {
+        row["codec"]: row["seconds"]["median"]
+        for row in document["rows"]
+        if (row["operation"], row["dtype"]) == ("encode", "fp32")
+    }
+    if {"topk:0.001", "torch.topk 0.1 %"} <= selections.keys():
+        times = selections["torch.topk 0.1 %"] / selections["topk:0.001"]
+        parts.append(f"`topk:0.001` encodes {times:.0f} times as fast as `torch.topk` selects (target: 40).")
+    wanted = [row for row in ours if row["target"] is not None]
+    if wanted:
+        parts.append(
+            "Targets:\n\n"
+            + markdown(
+                ["codec", "dtype", "operation", "target", "measured", ""],
+                (
+                    [
+                        f"`{row['codec']}`", row["dtype"], row["operation"], f"{row['target']:.2f}",
+                        f"{row['fraction']:.2f}", "met" if row["fraction"] >= row["target"] else "missed",
+                    ]
+                    for row in wanted
+                ),
+            )
+        )  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def collectives_section(document: Document) -> str:
+    largest = max(row["nbytes"] for row in document["rows"])
+    rows = [row for row in document["rows"] if row["nbytes"] == largest]
+    rate = bits_per_second(document["link_rate"])
+    table = markdown(
+        [
+            "collective", "codec", "torch, ms", "ms", "on the wire, ms", "speed-up", "ratio", "of ratio", "error",
+            "wrong", "target",
+        ],
+        (
+            [
+                row["collective"], f"`{row['codec']}`", milliseconds(row["torch_seconds"]),
+                milliseconds(row["seconds"]), "" if rate is None else f"{8e3 * row['wire_nbytes'] / rate:.1f}",
+                f"{row['speedup']:.2f}", f"{row['ratio']:.2f}",
+                f"{row['speedup'] / row['ratio']:.2f}", f"{row['relative_error']:.1e}", str(row["wrong"]),
+                collective_target(row),
+            ]
+            for row in rows
+        ),
+    )  # fmt: skip
+    sizes = sorted({row["nbytes"] for row in document["rows"]})
+    swept = f" The file has {len(sizes)} sizes from {sizes[0]} bytes." if len(sizes) > 1 else ""
+    return f"{largest} bytes of fp32 on {document['world_size']} ranks, {link_name(document)}.{swept}\n\n{table}"
+
+
+def collective_target(row: Row) -> str:
+    if row["target_speedup"] is None:
+        return ""
+    return f"{row['target_speedup']:.2f} {'met' if row['speedup'] >= row['target_speedup'] else 'missed'}"
+
+
+def training_table(document: Document, times_against: str, loss_against: str) -> str:
+    """A line for each method; times and bytes are compared with one of them, losses with one."""
+    runs = by_method(document)
+    first = document["rows"][0]
+    seeds = len({run["seed"] for run in document["rows"]})
+    plain = runs.get(times_against)
+    with_link = first.get("link_nbytes_per_step") is not None
+
+    def cells(method: str, of_method: list[Row]) -> list[str]:
+        losses = [run["validation_loss"] for run in of_method]
+        step, sent = step_seconds(of_method), of_method[0]["sent_nbytes_per_step"]
+        low = min(run["step_seconds"]["low"] for run in of_method)
+        high = max(run["step_seconds"]["high"] for run in of_method)
+        return [
+            f"`{method}`",
+            f"{1e3 * step:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})",
+            f"{1e3 * compute_seconds(of_method):.0f}",
+            f"{1e3 * exposed_seconds(of_method):.0f}",
+            "" if plain is None else f"{step_seconds(plain) / step:.2f}",
+            f"{sent / 1e6:.3f}",
+            "" if plain is None else f"{plain[0]['sent_nbytes_per_step'] / sent:.1f}",
+            *([f"{of_method[0]['link_nbytes_per_step'] / 1e6:.3f}"] if with_link else []),
+            f"{mean_loss(of_method):.4f}" + (f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""),
+            # DGC is SGD with momentum, here at AdamW's learning rate: its loss says nothing.
+            "" if loss_against not in runs or method == "dgc" else f"{relative_loss(runs, method, loss_against):+.2%}",
+            str(sum(run["wrong"] for run in of_method)),
+        ]
+
+    table = markdown(
+        [
+            "method", "step, ms", "compute, ms", "exposed, ms", "speed-up", "MB sent", "ratio",
+            *(["MB on the link"] if with_link else []), "validation loss", f"against {loss_against}", "wrong",
+        ],
+        (cells(method, of_method) for method, of_method in runs.items()),
+    )  # fmt: skip
+    settings = (
+        f"{first['parameters'] / 1e6:.2f} M parameters, {first['steps']} steps, {first['world_size']} ranks, "
+        f"{seeds} seed(s), {link_name(document)}."
+    )
+    return f"{settings}\n\n{table}"
+
+
+def training_section(document: Document) -> str:
+    runs = by_method(document)
+    verdicts = []
+    if document["link_rate"] == "100mbit" and {"ddp", "dgc"} <= runs.keys():
+        dense, sparse = exposed_seconds(runs["ddp"]), exposed_seconds(runs["dgc"])
+        met = "met" if 30 * sparse <= dense else "missed"
+        verdicts.append(
+            f"`dgc`: {1e3 * sparse:.1f} ms exposed, `ddp` {1e3 * dense:.0f} ms; target a thirtieth ({met})."
+        )
+    return "\n\n".join([training_table(document, "ddp", "ddp"), *verdicts])
+
+
+def sharded_section(document: Document) -> str:
+    """Times are compared with stock FSDP2, losses with DDP, and those of FSDP2's compressed forms with stock FSDP2."""
+    runs = by_method(document)
+    verdicts = []
+    if document["link_rate"] in (None, "none"):
+        verdicts = list(sharded_loss_verdicts(runs))
+    elif "fsdp2" in runs:
+        share = compute_seconds(runs["fsdp2"]) / step_seconds(runs["fsdp2"])
+        for method in compressing(runs):
+            times = step_seconds(runs["fsdp2"]) / step_seconds(runs[method])
+            verdicts.append(
+                f"`{method}`: {times:.1f} times as fast as `fsdp2`, "
+                + (f"target 4 ({'met' if times >= 4 else 'missed'})." if share < 0.1 else "no target.")
+            )
+        verdicts = [
+            f"Computing takes {share:.1%} of the step of `fsdp2`; the target is for less than a tenth.",
+            "\n".join(f"* {verdict}" for verdict in verdicts),
+        ]
+    return "\n\n".join([training_table(document, "fsdp2", "ddp"), *verdicts])
+
+
+def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
+    """On the losses that have a target: of SDP4Bit and FSDP2's compressed forms, to be near what does not compress, and
+    of 4-bit weights that are no differences, to be worse."""
+    lines = []
+    for method in compressing(runs):
+        plain = "fsdp2" if method.startswith("fsdp2") else "ddp"
+        if plain not in runs:
+            continue
+        by = relative_loss(runs, method, plain)
+        of_plain = {run["seed"]: run["validation_loss"] for run in runs[plain]}
+        by_seed = [
+            run["validation_loss"] / of_plain[run["seed"]] - 1 for run in runs[method] if run["seed"] in of_plain
+        ]
+        target = ""
+        if method == "sdp4bit" or plain == "fsdp2":
+            target = f"; target +0.25 % ({'met' if by <= 0.0025 else 'missed'})"
+        elif method == "sdp4bit-weights":
+            worse = min(run["validation_loss"] for run in runs[method]) > max(of_plain.values())
+            target = f"; target: each seed worse than any of `{plain}` ({'met' if worse else 'missed'})"
+        seeds = f" ({min(by_seed):+.2%} to {max(by_seed):+.2%} by seed)" if len(by_seed) > 1 else ""
+        lines.append(f"* `{method}`: {by:+.2%} of the loss of `{plain}`{seeds}{target}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def compressing(runs: dict[str, list[Row]]) -> list[str]:
+    """The methods that compress, in their order."""
+    stock = ("ddp", "zero", "fsdp2", "fsdp2-keep", "sdp4bit-exact")
+    return [method for method in runs if method not in stock]
+
+
+def memory_section(document: Document) -> str:
+    first = document["rows"][0]
+    parts = ("weights", "gradients", "optimizer", "feedback", "computed", "measured")
+    table = markdown(
+        ["method", *parts, "rest", "against `fsdp2`"],
+        (
+            [
+                f"`{row['method']}`",
+                *(f"{row[f'{part}_nbytes'] / 1e6:.1f}" for part in parts),
+                f"{(row['measured_nbytes'] - row['computed_nbytes']) / 1e6:.1f}",
+                "".join(
+                    f"{row['measured_nbytes'] / stock['measured_nbytes']:.2f}"
+                    for stock in document["rows"]
+                    if stock["method"] == "fsdp2"
+                ),
+            ]
+            for row in document["rows"]
+        ),
+    )
+    return (
+        f"{first['parameters'] / 1e6:.2f} M parameters in fp32, {first['world_size']} ranks; MB of a rank.\n\n{table}"
+    )
+
+
+def convergence_section(document: Document) -> str:
+    settings, first = document["settings"], document["rows"][0]
+    runs = by_method({**document, "rows": [run for run in document["rows"] if not run["tuning"]]})
+    with_accuracy, plain = first["accuracy"] is not None, runs.get("sgd")
+
+    def sent(of_method: list[Row]) -> tuple[float, float]:
+        steps, after = first["steps"], settings["sparsity_warmup"]
+        total, later = mean(of_method, "sent_nbytes"), mean(of_method, "sent_nbytes_after_warmup")
+        return total / steps, later / (steps - after)
+
+    def times_less(plain: list[Row], of_method: list[Row]) -> list[float]:
+        return [of_plain / nbytes for of_plain, nbytes in zip(sent(plain), sent(of_method), strict=True)]
+
+    def worse(plain: list[Row], of_method: list[Row]) -> float:
+        """By how many points of accuracy, or which part of the loss."""
+        if with_accuracy:
+            return mean(plain, "accuracy") - mean(of_method, "accuracy")
+        return mean(of_method, "loss") / mean(plain, "loss") - 1
+
+    def reached(of_method: list[Row], name: str, places: int) -> str:
+        values = [run[name] for run in of_method]
+        diverged = sum(map(math.isnan, values))
+        if diverged:
+            return f"NaN with {diverged} of {len(values)} seeds"
+        return f"{mean(of_method, name):.{places}f} ({min(values):.{places}f}-{max(values):.{places}f})"
+
+    def cells(method: str, of_method: list[Row]) -> list[str]:
+        against = ["", "", ""]
+        if plain is not None:
+            by = worse(plain, of_method)
+            against = ["" if math.isnan(by) else f"{0 - by:+.2f}" if with_accuracy else f"{by:+.2%}"]
+            against += [f"{times:.1f}" for times in times_less(plain, of_method)]
+        return [
+            f"`{method}`",
+            f"{of_method[0]['lr']:g}",
+            reached(of_method, "loss", 4),
+            *([reached(of_method, "accuracy", 2)] if with_accuracy else []),
+            against[0],
+            *(f"{nbytes / 1e3:.2f}" for nbytes in sent(of_method)),
+            *against[1:],
+            f"{of_method[0]['compression_ratio']:.1f}",
+            f"{max(run['apart'] for run in of_method):.1e}",
+            str(sum(run["wrong"] for run in of_method)),
+        ]
+
+    def verdict(method: str, plain: list[Row], of_method: list[Row]) -> str:
+        by, times = worse(plain, of_method), times_less(plain, of_method)[1]
+        text, target = (
+            (f"{by:.2f} points of accuracy below `sgd`, target 0.5", 0.5)
+            if with_accuracy
+            else (f"{by:+.2%} of the loss of `sgd`, target +1 %", 0.01)
+        )
+        return (
+            f"`{method}`: {text} ({'met' if by <= target else 'missed'}); {times:.0f} times fewer bytes after the "
+            f"warm-up, target 200 ({'met' if times >= 200 else 'missed'})."
+        )
+
+    rates, seeds = settings["learning_rates"], {run["seed"] for run in document["rows"] if not run["tuning"]}
+    chosen = f"out of {', '.join(map(str, rates))}, by another seed" if len(rates) > 1 else str(rates[0])
+    clipped = "" if settings["clip_norm"] is None else f"gradients clipped to {settings['clip_norm']:g} each; "
+    text = (
+        f"`{settings['task']}`: {first['parameters'] / 1e6:.2f} M parameters, {first['steps']} steps, "
+        f"{first['world_size']} ranks with batches of {settings['batch']}, {len(seeds)} seed(s); "
+        f"{'Nesterov ' if settings['nesterov'] else ''}momentum {settings['momentum']}; sparsity warm-up of "
+        f"{settings['sparsity_warmup']} steps; {clipped}learning rate {chosen}."
+    )
+    table = markdown(
+        [
+            "method", "lr", "loss", *(["accuracy, %"] if with_accuracy else []), "against sgd", "kB sent",
+            "after warm-up", "times less", "after warm-up", "ratio", "apart", "wrong",
+        ],
+        (cells(method, of_method) for method, of_method in runs.items()),
+    )  # fmt: skip
+    verdicts = [verdict(method, plain, runs[method]) for method in ("dgc", "dgc-fp16") if plain and method in runs]
+    return "\n\n".join([text, table, *verdicts])
+
+
+def by_method(document: Document) -> dict[str, list[Row]]:
+    runs: dict[str, list[Row]] = {}
+    for run in document["rows"]:
+        runs.setdefault(run["method"], []).append(run)
+    return runs
+
+
+def step_seconds(runs: list[Row]) -> float:
+    return float(statistics.median(run["step_seconds"]["median"] for run in runs))
+
+
+def exposed_seconds(runs: list[Row]) -> float:
+    """What communication and compression add to a step."""
+    return float(statistics.median(run["exposed_seconds"] for run in runs))
+
+
+def compute_seconds(runs: list[Row]) -> float:
+    return float(statistics.median(run["compute_seconds"]["median"] for run in runs))
+
+
+def mean(runs: list[Row], name: str) -> float:
+    return float(statistics.mean(run[name] for run in runs))
+
+
+def mean_loss(runs: list[Row]) -> float:
+    return mean(runs, "validation_loss")
+
+
+def relative_loss(runs: dict[str, list[Row]], method: str, plain: str) -> float:
+    return mean_loss(runs[method]) / mean_loss(runs[plain]) - 1
+
+
+def bits_per_second(link_rate: str | None) -> float | None:
+    """Of a rate as tc writes it; None without a limit."""
+    match = re.fullmatch(r"([0-9.]+)(k|m|g)bit", link_rate or "none")
+    return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else None
+
+
+def link_name(document: Document) -> str:
+    rate = document["link_rate"]
+    if rate is None:
+        return "loopback"
+    return (
+        "links without a limit"
+        if rate == "none"
+        else f"links of {rate.replace('mbit', ' Mb/s').replace('gbit', ' Gb/s')}"
+    )
+
+
+SECTIONS: dict[str, Callable[[Document], str]] = {
+    "kernels": kernels_section,
+    "collectives": collectives_section,
+    "training": training_section,
+    "convergence": convergence_section,
+    "sharded": sharded_section,
+    "memory": memory_section,
+}
+
+
+def section(benchmark: str, documents: dict[str, Document]) -> str:
+    """The tables of all results of one benchmark, each with what made it."""
+    parts = [
+        f"### {name}\n\n{where(document)}\n\n{SECTIONS[benchmark](document)}"
+        for name, document in documents.items()
+        if document["benchmark"] == benchmark
+    ]
+    return "\n\n".join(parts) if parts else "Not measured yet."
