@@ -61,7 +61,9 @@ def run_on_two_ranks(program: str, folder: Path) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/checkpointing.md", "docs/sdp4bit.md", "docs/fsdp.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/choosing.md", "docs/checkpointing.md", "docs/sdp4bit.md", "docs/fsdp.md"]
+)
 def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     program = "\n".join(blocks(page, "python"))
     assert "init_process_group" in program
