@@ -98,7 +98,7 @@ def compress(
         feedback: Error feedback for gradients: what the codec takes away from a rank's gradients is added to its next
             ones. ``"full"``: fp32 residuals; ``"int8"``: LoCo (arXiv:2407.04480), an exponential average in 8-bit
             integers. A residual is of the size of the *unsharded* trainable parameters, on every rank: 4 bytes for
-            each element, or 1 1/8, which a :class:`ResidualMemory` warning states once. A loss scale that changes
+            each element, or 1.016, which a :class:`ResidualMemory` warning states once. A loss scale that changes
             (``GradScaler``) changes the units of what is owed; use neither with it.
         node_size: Ranks of a node, where ``gradients`` is a pair, and weights then take two levels too, each packet
             sent to another node once; None: as torchrun has laid them out.
