@@ -10,7 +10,9 @@ ddp                     DistributedDataParallel
 zero                    torch's ZeroRedundancyOptimizer, under DistributedDataParallel
 fsdp2                   torch's fully_shard of every block and of the whole
 fsdp2-int4              the same under ``sr.fsdp.compress``: gradients in int4-hadamard, weights in int8
-fsdp2-two-level         gradients in int8-hadamard inside a node and int4-hadamard between nodes, weights in int8
+fsdp2-two-level         gradients in int8-hadamard inside a node and int4-hadamard between nodes, weights in int8,
+                        both on two levels
+fsdp2-packets           the same, with the weights' packets kept from the forward pass for the backward pass
 fsdp2-int4-loco         as fsdp2-int4, with the error feedback of LoCo, whose residual is kept in 8 bits
 sdp4bit                 ``sr.optim.SDP4Bit``: two-level gradients, 4-bit differences of weights
 sdp4bit-exact           without compression; and with one part of it alone:
@@ -73,6 +75,7 @@ class FSDP2:
     gradients: Gradients = None
     weights: str | None = None
     feedback: str | None = None
+    keep_packets: bool = False
 
     @property
     def compresses(self) -> bool:
@@ -93,6 +96,7 @@ FSDP2S = {
     "fsdp2": FSDP2(),
     "fsdp2-int4": FSDP2("int4-hadamard", "int8"),
     "fsdp2-two-level": FSDP2(("int8-hadamard", "int4-hadamard"), "int8"),
+    "fsdp2-packets": FSDP2(("int8-hadamard", "int4-hadamard"), "int8", keep_packets=True),
     "fsdp2-int4-loco": FSDP2("int4-hadamard", "int8", "int8"),
 }
 SDP4BITS = {
@@ -190,6 +194,7 @@ def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
             gradients=fsdp2.gradients,
             weights=fsdp2.weights,
             feedback=fsdp2.feedback,
+            keep_packets=fsdp2.keep_packets,
             node_size=args.node_size if isinstance(fsdp2.gradients, tuple) else None,
         )
     optimizer = torch.optim.AdamW(model.parameters(), **options)

@@ -154,6 +154,7 @@ def test_parameters_without_a_gradient() -> None:
 def _train(rank: int, world: int) -> dict[str, list[float]]:
     """Losses of a few steps, for each way; the rest is asserted on the way."""
     losses: dict[str, list[float]] = {}
+    sent: dict[str, int] = {}
     ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "stock": ({}, {"gradients": None}),
         "both": ({}, {"gradients": "int4-hadamard", "weights": "int8"}),
@@ -165,6 +166,12 @@ def _train(rank: int, world: int) -> dict[str, list[float]]:
         "sign": ({}, {"gradients": "sign:group=32", "feedback": "full"}),
         "topk": ({}, {"gradients": "topk:0.1", "feedback": "full"}),
         "offloaded": ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {"weights": "int8"}),
+        "packets": ({}, {"gradients": "int4-hadamard", "weights": "int8", "keep_packets": True}),
+        "packets, checkpoint": ({"checkpoint": True}, {"weights": "int8", "keep_packets": True}),
+        "two levels, packets": (
+            {},
+            {"gradients": ("int8", "int4"), "weights": "int8", "node_size": world // 2, "keep_packets": True},
+        ),
         "two levels": ({}, {"gradients": ("int8-hadamard", "int4-hadamard"), "node_size": 2 if world == 4 else 1}),
     }
     for way, (options, arguments) in ways.items():
@@ -183,9 +190,13 @@ def _train(rank: int, world: int) -> dict[str, list[float]]:
         if way != "stock":
             assert stats.bytes_sent == sr.metrics.bytes_sent(), way
             assert stats.gradients.wire_ratio > 1.3 or way == "kept", (way, str(stats))
+        sent[way] = stats.weights.bytes_sent
         for module in fsdp_modules(model):
             module.unshard()
         assert same_on_all_ranks(list(model.parameters())), way
+    # The same bits, and half of the weights: all modules but the root, which torch does not reshard, gather twice.
+    assert losses["packets"] == losses["both"]
+    assert sent["both"] / 2 <= sent["packets"] < sent["both"]
     return losses
 
 

@@ -36,6 +36,8 @@ def _arguments(rank: int, world: int) -> None:
         (ValueError, "needs a codec", {"gradients": None, "feedback": "full"}),
         (ValueError, "takes one codec", {"gradients": ("int8", "int4"), "node_size": 1, "feedback": "full"}),
         (ValueError, "needs replicate_group", {"replicate_gradients": "int8"}),
+        (ValueError, "weights is None", {"keep_packets": True}),
+        (TypeError, "keep_packets must be a bool", {"weights": "int8", "keep_packets": 1}),
         (ValueError, "beta", {"beta": 1.0}),
         (TypeError, "beta", {"beta": "0.8"}),
         (ValueError, "reset_every", {"reset_every": 0}),

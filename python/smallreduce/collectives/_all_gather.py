@@ -114,6 +114,12 @@ class AllGather(Engine):
         del self._output, self._input, self._base
         super().done()
 
+    def decode(self, output: Tensor) -> None:
+        """Decodes once more what the latest call, which is over, has gathered; nothing is sent."""
+        self.channel.check()
+        for packets, layout in zip(self._sent, self._layouts, strict=True):
+            ops.decode(packets, layout, output, self.channel.error)
+
 
 class TwoLevelAllGather(AllGather):
     """All-gather that sends each packet to another node once: between the ranks of one local rank, and then, all that

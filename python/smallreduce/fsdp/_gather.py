@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.codecs import PacketCodec
-from smallreduce.collectives import all_gather_for, channel_of
+from smallreduce.collectives import AllGather, all_gather_for, channel_of
 from smallreduce.collectives._levels import Levels
 from smallreduce.fsdp._leg import Gathering, Leg, Progress, borrow
 from smallreduce.fsdp._torch_groups import Bucket
@@ -26,13 +26,16 @@ class WeightGather:
         leg: The codec; and what counts.
         progress: The module's.
         node_size: Ranks of a node, to gather on two levels; None: on one.
+        keep_packets: Decode the packets of the forward pass again in backward, instead of gathering twice.
     """
 
-    def __init__(self, bucket: Bucket, leg: Leg, progress: Progress, node_size: int | None) -> None:
+    def __init__(self, bucket: Bucket, leg: Leg, progress: Progress, node_size: int | None, keep_packets: bool) -> None:
         self._bucket = bucket
         self._leg = leg
         self._progress = progress
         self._node_size = node_size
+        self._keep_packets = keep_packets
+        self._kept: AllGather | None = None  # with the packets of its latest call
         self._stock = bucket.all_gather
         self._segments = bucket.segments()
 
@@ -62,11 +65,23 @@ class WeightGather:
                 f"{self._bucket.shard_group.size()}: compressed weights bear no int in reshard_after_forward"
             )
         assert isinstance(leg.codec, PacketCodec)
+        if self._kept is not None and self._bucket.in_backward:
+            # Between a forward pass and its backward pass no weights change.
+            self._kept.decode(output_tensor)
+            leg.count(uncompressed, 0)
+            return None
         codec, segments = leg.codec, self._segments
         channel = channel_of(group, output_tensor.device)
         route = channel if self._node_size is None else Levels(channel, self._node_size)
-        key = ("fsdp.gather", segments, codec, dtype, self._node_size)
-        engine, give_back = borrow(channel, key, lambda: all_gather_for(segments, numel, codec, dtype, route))
+
+        def make() -> AllGather:
+            return all_gather_for(segments, numel, codec, dtype, route)
+
+        give_back: Callable[[], None] | None = None
+        if self._keep_packets:
+            engine = self._kept = self._kept or make()
+        else:
+            engine, give_back = borrow(channel, ("fsdp.gather", segments, codec, dtype, self._node_size), make)
         work = engine.launch(output_tensor, input_tensor, leg.seed, 2 * self._bucket.number, step, after=give_back)
         leg.count(uncompressed, engine.bytes_sent)
         if not async_op and output_tensor.is_cuda:

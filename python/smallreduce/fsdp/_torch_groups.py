@@ -124,6 +124,11 @@ class Bucket:
         own: torch.dtype = self._group.fsdp_params[0].sharded_param.dtype
         return policy.reduce_dtype or policy.param_dtype or own
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether what is gathered now is for a backward pass."""
+        return bool(self._group._training_state.name == "PRE_BACKWARD")
+
     def segments(self, trainable: bool = False) -> tuple[tuple[int, int], ...]:
         """``(offset, length)`` of all parameters, or of those that get gradients, in a rank's part."""
         slots = [slot for slot in self.slots if slot.trainable or not trainable]
