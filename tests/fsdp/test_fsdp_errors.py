@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
 
 import smallreduce as sr
-from fsdp.test_exact import fsdp1
+from fsdp.test_fsdp_exact import fsdp1
 from fsdp.training import Model, fsdp_modules, loss_of, sharded
 from ranks import run
 
