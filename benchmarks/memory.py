@@ -85,14 +85,16 @@ def lasting(method: str, parameters: int, world_size: int) -> Lasting:
     if method == "zero":
         return Lasting(whole, 2 * whole, 2 * part, 0)
     if method in SDP4BITS:
-        told = SDP4BITS[method]
+        sdp4bit = SDP4BITS[method]
         # The master of the rank's part is a copy where the weights that all hold are another thing. The reduced
         # gradients of that part are one, where the buffers that they are sent from do not become them.
-        master = 0 if told.weights is None else part
-        reduced = 0 if told.gradients is None else part
+        master = 0 if sdp4bit.weights is None else part
+        reduced = 0 if sdp4bit.gradients is None else part
         return Lasting(whole + master, whole + reduced, 2 * part, 0)
-    residuals = {None: 0, "int8": LOCO_BITS / 8, "full": 4}[FSDP2S[method.removesuffix(KEEP)].feedback]
-    return Lasting(part, part, 2 * part, int(residuals * parameters))
+    told = FSDP2S[method.removesuffix(KEEP)]
+    residuals = {None: 0, "int8": LOCO_BITS / 8, "full": 4}[told.feedback]
+    packets = int(parameters * sr.IntQuant(8).bits_per_element / 8) if told.keep_packets else 0
+    return Lasting(part + packets, part, 2 * part, int(residuals * parameters))
 
 
 def status_nbytes(name: str) -> int:

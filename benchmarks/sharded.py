@@ -108,7 +108,7 @@ SDP4BITS = {
     "sdp4bit-plain-gradients": SDP4Bit(gradients=("int8:group=128", "int4:group=128")),
 }
 METHODS = ("ddp", "zero", *FSDP2S, *(f"{method}{KEEP}" for method in FSDP2S), *SDP4BITS)
-DEFAULT_METHODS = ("ddp", "zero", "fsdp2", "fsdp2-int4", "fsdp2-two-level", "sdp4bit")
+DEFAULT_METHODS = ("ddp", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets", "sdp4bit")
 
 
 class Alone:

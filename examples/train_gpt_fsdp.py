@@ -1,7 +1,7 @@
 """Train the small GPT of train_gpt.py under FSDP2, with compressed gradients and compressed weights.
 
     torchrun --nproc-per-node 4 examples/train_gpt_fsdp.py
-    torchrun --nproc-per-node 4 examples/train_gpt_fsdp.py --gradients int8-hadamard,int4-hadamard    # two levels
+    torchrun --nproc-per-node 4 examples/train_gpt_fsdp.py --gradients int8-hadamard,int4-hadamard --node-size 2
     torchrun --nproc-per-node 4 examples/train_gpt_fsdp.py --gradients none --weights none            # stock FSDP2
     torchrun --nproc-per-node 2 examples/train_gpt_fsdp.py --resume CHECKPOINT                        # of any 4 ranks
 
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--gradients", type=codec_of, default="int4-hadamard", help="codec; none; or two: inside and between nodes")
     add("--weights", type=codec_of, default="int8", help="codec, or none (default: int8)")
+    add("--node-size", type=int, help="ranks of a node, for two codecs (default: as torchrun has it)")
     add("--feedback", choices=["int8", "full"], help="error feedback of the gradients (default: none)")
     add("--steps", type=int, default=300, help="length of the run, what was done before a resume included")
     add("--width", type=int, default=128, help="width of the model, a multiple of 32")
@@ -94,7 +95,9 @@ def main() -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    compression = sr.fsdp.compress(model, gradients=args.gradients, weights=args.weights, feedback=args.feedback)
+    compression = sr.fsdp.compress(
+        model, gradients=args.gradients, weights=args.weights, feedback=args.feedback, node_size=args.node_size
+    )
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     first_step = load(args.resume, model, optimizer, compression) if args.resume else 0

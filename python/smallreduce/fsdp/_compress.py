@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, as_int
+from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, Sign, TopK, as_int
 from smallreduce.codecs import codec as parse_codec
 from smallreduce.collectives import Channel, Count, agree, channel_of
 from smallreduce.collectives._agreement import refuse
@@ -129,24 +131,19 @@ def compress(
     replicas = _together(
         shards, lambda: _process_group(replicate_group), lambda group: f"replicate_group of {_size(group)} ranks", setup
     )
-    config = _together(
-        {**shards, **_channels(buckets, [replicas] * len(buckets))},
-        lambda: _check(
-            buckets,
-            gradients,
-            weights,
-            feedback,
-            node_size,
-            keep_packets,
-            replicate_gradients,
-            replicas,
-            beta,
-            reset_every,
-            seed,
-        ),
-        str,
-        setup,
-    )
+
+    def check() -> _Config:
+        if replicas is not None and any(replicas is bucket.mesh_group for bucket in buckets):
+            raise ValueError(
+                "replicate_group is the group of the shards; it must be the ranks that hold the same shard, such as "
+                "mesh['replicate'].get_group()"
+            )
+        return _check(
+            buckets, gradients, weights, feedback, node_size, keep_packets, replicate_gradients, replicas, beta,
+            reset_every, seed,
+        )  # fmt: skip
+
+    config = _together({**shards, **_channels(buckets, [replicas] * len(buckets))}, check, str, setup)
     return _install(buckets, config, replicas, setup)
 
 
@@ -192,7 +189,8 @@ def _channels(buckets: Sequence[Bucket], groups: Sequence[dist.ProcessGroup | No
     lines: dict[Channel, list[str]] = {}
     for bucket, group in zip(buckets, groups, strict=True):
         if group is not None and group.size() > 1:
-            lines.setdefault(channel_of(group, bucket.device), []).append(bucket.description)
+            line = bucket.description if group is bucket.mesh_group else f"{bucket.description}, {bucket.place}"
+            lines.setdefault(channel_of(group, bucket.device), []).append(line)
     return lines
 
 
@@ -219,6 +217,8 @@ def _check(
         assert intra is not None and inter is not None
         codecs = (intra, inter)
         grain_of(codecs)
+        for one in codecs:
+            _unbiased(one, "gradients")
         if feedback is not None:
             raise ValueError(f"feedback={feedback!r} takes one codec for gradients: on two levels no rank knows what "
                              "was lost between the nodes; give one codec, or feedback=None")  # fmt: skip
@@ -230,6 +230,8 @@ def _check(
             raise ValueError(f"node_size is for a pair of codecs, inside a node and between nodes, got {gradients}")
         if feedback is not None and codecs is not None:
             codecs = codecs.with_feedback()
+        else:
+            _unbiased(codecs, "gradients")
     of_weights = _packets(weights, "weights")
     if of_weights is not None and not isinstance(of_weights, (IntQuant, Cast)):
         raise ValueError(f"weights must be in IntQuant or Cast, which keep all of them, got {of_weights}")
@@ -238,6 +240,7 @@ def _check(
     if keep_packets and of_weights is None:
         raise ValueError("keep_packets keeps the packets of compressed weights, and weights is None")
     between = _packets(replicate_gradients, "replicate_gradients")
+    _unbiased(between, "replicate_gradients")
     if between is not None and replicas is None:
         raise ValueError("replicate_gradients needs replicate_group: the ranks that hold the same shard")
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
@@ -253,6 +256,8 @@ def _check(
             reason = bucket.refusal() or (bucket.refusal_of_weights() if of_weights is not None else None)
             if reason is None and feedback is not None and any(slot.is_dtensor for slot in bucket.slots):
                 reason = "has parameters of tensor parallelism, whose residuals are not kept: give feedback=None"
+            if reason is None and replicas is not None and bucket.reduce_dtype == torch.float16:
+                reason = "reduces in fp16, in which a sum over replicas may overflow: give reduce_dtype=torch.float32"
             if reason is not None:
                 raise ValueError(f"{bucket.label} {reason}")
     if isinstance(codecs, tuple):
@@ -262,6 +267,16 @@ def _check(
             raise ValueError(f"all modules must have as many ranks in a node for two levels, got {sorted(sizes)}")
         size = sizes.pop()
     return _Config(codecs, of_weights, between, feedback, size, keep_packets, float(beta), reset_every, seed)
+
+
+def _unbiased(codec: PacketCodec | None, name: str) -> None:
+    """Refuses what is of no use without error feedback, which is not there.
+
+    Raises:
+        ValueError: It is biased.
+    """
+    if isinstance(codec, (Sign, TopK)):
+        raise ValueError(f"{name}: {codec} is biased, and needs error feedback to train with; there is none here")
 
 
 def _packets(spelling: object, name: str) -> PacketCodec | None:
@@ -291,9 +306,11 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
             # Its wires are made now, by all ranks together.
             Levels(channel_of(bucket.shard_group, bucket.device), config.node_size)
         if anything:
-            scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for(bucket))
+            scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for)
             scatters.append(scatter)
-            gather = WeightGather(bucket, weights, steps, config.node_size, config.keep_packets)
+            gather = WeightGather(
+                bucket, weights, functools.partial(_step_of, bucket, progress), config.node_size, config.keep_packets
+            )
             bucket.module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
             bucket.module.set_custom_all_gather(gather)  # type: ignore[arg-type]
         if replicas is not None:
@@ -303,6 +320,13 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
     if config.feedback is not None and place.row == 0 and world_size > 1:
         _warn_of_memory(config, state, scatters)
     return state
+
+
+def _step_of(bucket: Bucket, progress: Mapping[str, Progress]) -> int:
+    """That of a module for its weights. One that is frozen goes with those that are trained."""
+    if any(slot.trainable for slot in bucket.slots):
+        return progress[bucket.name].step
+    return max(each.step for each in progress.values())
 
 
 def _memories(config: _Config) -> Callable[[Bucket], Memory | None]:

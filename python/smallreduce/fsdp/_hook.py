@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from smallreduce.codecs import Codec, PacketCodec, as_int
+from smallreduce.codecs import Codec, PacketCodec, Sign, TopK, as_int
 from smallreduce.codecs import codec as parse_codec
 from smallreduce.collectives import (
     Channel,
@@ -44,6 +45,8 @@ class HookState:
         chosen = parse_codec(codec)
         if chosen is not None and not isinstance(chosen, PacketCodec):
             raise TypeError(f"{chosen} makes no packets: it is for all_reduce, the DDP hook and the optimizers")
+        if isinstance(chosen, (Sign, TopK)):
+            raise ValueError(f"{chosen} is biased, and needs error feedback to train with, which FSDP1's hook has not")
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
         self._codec = chosen
@@ -51,6 +54,7 @@ class HookState:
         self._leg = Leg(chosen, as_int(seed, "seed"))
         self._setup = Count()
         self._agreed: Channel | None = None
+        self._step = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A process group is neither pickled nor copied.
@@ -64,6 +68,22 @@ class HookState:
         """What this rank has sent so far."""
         nothing = LegStats(None)
         return Stats(self._group().size(), 1, nothing, self._leg.stats(), nothing, 0, 0, self._setup.bytes_sent)
+
+    def state_dict(self) -> dict[str, int]:
+        """What the random bits of the next calls depend on: the same on all ranks."""
+        return {"seed": self._leg.seed, "step": self._step}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Takes over what :meth:`state_dict` gave; all ranks call it.
+
+        Raises:
+            ValueError: It is none of these, or of another seed.
+        """
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != {"seed", "step"}:
+            raise ValueError(f"the state must have a seed and a step, got {state_dict!r}")
+        if state_dict["seed"] != self._leg.seed:
+            raise ValueError(f"this state has seed {state_dict['seed']}, but this HookState has {self._leg.seed}")
+        self._step = as_int(state_dict["step"], "step")
 
     def _group(self) -> dist.ProcessGroup:
         group = dist.group.WORLD if self._process_group is None else self._process_group
@@ -86,10 +106,16 @@ class HookState:
         if self._agreed is not channel:
             agree(channel, f"smallreduce.fsdp.hook: codec {codec}, seed {leg.seed}", [], self._setup)
             self._agreed = channel
+        if output is not None and grad.numel() != group.size() * output.numel():
+            raise ValueError(
+                f"the gradient has {grad.numel()} elements for a part of {output.numel()}, but the group of this "
+                f"HookState has {group.size()} ranks: give it the model's process_group"
+            )
         numel = grad.numel() if output is None else output.numel()
         segments, dtype, start = ((0, numel),), grad.dtype, Start(background=False)
         # Every call is a step of its own: FSDP1 tells neither steps nor modules.
-        mean, seed, step = dist.ReduceOp.AVG, leg.seed, leg.calls
+        mean, seed, step = dist.ReduceOp.AVG, leg.seed, self._step
+        self._step += 1
         if output is None:
             key = ("fsdp1.all_reduce", segments, codec, dtype)
             whole, give_back = borrow(channel, key, lambda: engine_for(segments, codec, dtype, channel))

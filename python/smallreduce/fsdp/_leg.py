@@ -25,14 +25,15 @@ E = TypeVar("E")
 
 @dataclass
 class Progress:
-    """How far one module has come.
+    """How far one module has come; random bits depend on it.
 
     Attributes:
-        step: Reductions of its gradients; gathers, where it has nothing to reduce. Random bits depend on it, so that a
-            step's forward and backward passes see the same weights, and no two steps round alike.
+        step: Reductions of its gradients over the shards.
+        between: Those over the replicas.
     """
 
     step: int = 0
+    between: int = 0
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Memory(ABC):
         self._lay_out(tuple(slots))
 
     def follow(self, slots: Sequence[Slot]) -> None:
-        """Takes the parameters that get gradients now; what others owe is kept until they do again."""
+        """Takes the parameters that get gradients now; what others owe is forgotten."""
         if tuple(slots) != self.slots:
             self._lay_out(tuple(slots))
 
@@ -142,12 +142,11 @@ class FullMemory(Memory):
         for name, residual in old.items():
             if name in new:
                 new[name].copy_(residual)
-        self._residuals = {name: residual.clone() for name, residual in old.items() if name not in new} | new
+        self._residuals = new
 
     @property
     def nbytes(self) -> int:
-        others = [residual.nbytes for name, residual in self._residuals.items() if name not in self._begins]
-        return self._flat.nbytes + sum(others)
+        return self._flat.nbytes
 
     def lend(self, step: int) -> Tensor:
         return self._flat
@@ -204,6 +203,7 @@ class LoCoMemory(Memory):
             for slot in slots
         }
         zeros = torch.zeros(self.numel, device=self.device)
+        self._packets = {name: self._packets[name] for name in self._layouts if name in self._packets}
         for name in self._layouts.keys() - self._packets.keys():
             self._packets[name] = self._encode(zeros, name)
 

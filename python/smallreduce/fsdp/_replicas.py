@@ -31,6 +31,8 @@ class ReplicaReduce:
     def __call__(self, reduce_output: Tensor) -> None:
         """It is complete when this returns (CUDA: for the current stream)."""
         leg, dtype, numel, group = self._leg, reduce_output.dtype, reduce_output.numel(), self._group
+        step = self._progress.between
+        self._progress.between += 1
         uncompressed = ring_bytes(reduce_output.nbytes, group.size())
         if leg.is_exact(dtype) or group.size() == 1:
             # As torch's own HSDP does.
@@ -46,7 +48,7 @@ class ReplicaReduce:
         key = ("fsdp.replicas", segments, codec, dtype)
         engine, give_back = borrow(channel, key, lambda: engine_for(segments, codec, dtype, channel))
         work = engine.launch(
-            reduce_output, dist.ReduceOp.AVG, None, None, leg.seed, 2 * self._bucket.number, self._progress.step,
+            reduce_output, dist.ReduceOp.AVG, None, None, leg.seed, 3 * self._bucket.number + 2, step,
             after=give_back, start=Start(background=False),
         )  # fmt: skip
         leg.count(uncompressed, engine.bytes_sent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +26,29 @@ class GradientScatter:
         leg: The codecs; and what counts.
         progress: The module's.
         node_size: Ranks in a node, where the leg has two codecs.
-        memory: What the codec took away from earlier gradients; None without feedback.
+        memory_for: Makes the memory of what the codec took away from earlier gradients, for the parameters that are
+            trainable now; None without feedback, or without any.
 
     Attributes:
-        bucket, memory: As given.
+        bucket: As given.
+        memory: The memory, if there is one.
         partial: Reductions in which some trainable parameters had no gradient.
     """
 
     def __init__(
-        self, bucket: Bucket, leg: Leg, progress: Progress, node_size: int | None, memory: Memory | None
+        self,
+        bucket: Bucket,
+        leg: Leg,
+        progress: Progress,
+        node_size: int | None,
+        memory_for: Callable[[Bucket], Memory | None],
     ) -> None:
         self.bucket = bucket
         self._leg = leg
         self._progress = progress
         self._node_size = node_size
-        self.memory = memory
+        self._memory_for = memory_for
+        self.memory = memory_for(bucket)
         self.partial = 0
         self._stock = bucket.reduce_scatter
 
@@ -78,18 +86,20 @@ class GradientScatter:
         codec = leg.codec
         assert codec is not None
         segments = self.bucket.segments(trainable=True)
-        memory = self.memory
+        memory = None
         if sum(length for _, length in segments) != numel:
             # torch leaves parameters without a gradient out, and does not say which.
             self.partial += 1
-            segments, memory = ((0, numel),), None
+            segments = ((0, numel),)
+        else:
+            memory = self._memory_of_now()
         channel = channel_of(group, output_tensor.device)
         route = channel if self._node_size is None else Levels(channel, self._node_size)
         key = ("fsdp.scatter", segments, codec, dtype, self._node_size)
         engine, give_back = borrow(channel, key, lambda: reduce_scatter_for(segments, numel, codec, dtype, route))
         worker = None if memory is None else memory.lend(step)
         work = engine.launch(
-            output_tensor, input_tensor, op, worker, leg.seed, 2 * self.bucket.number + 1, step,
+            output_tensor, input_tensor, op, worker, leg.seed, 3 * self.bucket.number + 1, step,
             after=give_back, start=Start(background=False),
         )  # fmt: skip
         leg.count(uncompressed, engine.bytes_sent)
@@ -97,3 +107,11 @@ class GradientScatter:
         if memory is not None and worker is not None:
             memory.take_back(worker, step)
         return None
+
+    def _memory_of_now(self) -> Memory | None:
+        """That of the parameters that are trainable now, of which some may have been frozen before, or may be since."""
+        if self.memory is None:
+            self.memory = self._memory_for(self.bucket)
+        else:
+            self.memory.follow([slot for slot in self.bucket.slots if slot.trainable])
+        return self.memory

@@ -93,7 +93,7 @@ class State:
             "ranks": [self._place.world_size, self._place.replicas],
             "seed": self._seed,
             "feedback": self._feedback,
-            "steps": {name: progress.step for name, progress in self._progress.items()},
+            "steps": {name: [progress.step, progress.between] for name, progress in self._progress.items()},
             "residuals": {name: tensor.to("cpu", copy=True) for name, tensor in self._stored().items()},
         }
 
@@ -132,8 +132,9 @@ class State:
                     f"the residual of {name} must be {numel} elements of {dtype}, got shape {tuple(tensor.shape)} of "
                     f"{tensor.dtype}"
                 )
-        for name, step in steps.items():
+        for name, (step, between) in steps.items():
             self._progress[name].step = as_int(step, f"the step of {name}")
+            self._progress[name].between = as_int(between, f"the step of {name} between replicas")
         for memory in self._memories:
             memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
 
@@ -161,7 +162,7 @@ class State:
                 or this number: this rank's own state.
 
         Returns:
-            ``"ranks"``: int64, ranks of a shard group and replicas; ``"steps"``: int64 of one element for each module;
+            ``"ranks"``: int64, ranks of a shard group and replicas; ``"steps"``: int64, two for each module;
             ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
             its own, or, for loading what others saved, those that it takes over.
 
@@ -179,7 +180,7 @@ class State:
             residuals[name] = FlatShard(mine, min(rows) * numel, old.rows * numel)
         return {
             "ranks": torch.tensor([old.world_size, old.replicas]),
-            "steps": {name or ".": torch.tensor(progress.step) for name, progress in self._progress.items()},
+            "steps": {name or ".": torch.tensor([p.step, p.between]) for name, p in self._progress.items()},
             "residuals": residuals,
         }
 
@@ -214,7 +215,7 @@ class State:
                 for row, weight in zip(rows.chunk(len(weights)), weights.values(), strict=True):
                     mean += memory.owed(slot.name, row.cpu(), old.world_size).double() * weight
                 residuals[slot.name] = memory.store(slot.name, mean.float())
-        steps = {"" if name == "." else name: int(step) for name, step in state_dict["steps"].items()}
+        steps = {"" if name == "." else name: step.tolist() for name, step in state_dict["steps"].items()}
         self._load(steps, residuals)
 
 

@@ -109,6 +109,12 @@ class Bucket:
         )
 
     @property
+    def place(self) -> str:
+        """Which shard this rank holds."""
+        group = self.mesh_group
+        return "unsharded" if group is None else f"shard {group.rank()} of {group.size()}"
+
+    @property
     def all_gather(self) -> Any:
         """The communication object in use."""
         return self._group._all_gather_comm
@@ -126,8 +132,18 @@ class Bucket:
 
     @property
     def in_backward(self) -> bool:
-        """Whether what is gathered now is for a backward pass."""
-        return bool(self._group._training_state.name == "PRE_BACKWARD")
+        """Whether a backward pass is going on: what is gathered is for that, or for a forward pass computed again."""
+        return bool(torch._C._current_graph_task_id() != -1)
+
+    @property
+    def reshards_after_forward(self) -> bool:
+        return bool(self._group._reshard_after_forward)
+
+    @property
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """Of this rank's shards of the weights: another one once they have changed."""
+        shards = [parameter.sharded_param.to_local() for parameter in self._group.fsdp_params]
+        return tuple((shard.data_ptr(), shard._version) for shard in shards)
 
     def segments(self, trainable: bool = False) -> tuple[tuple[int, int], ...]:
         """``(offset, length)`` of all parameters, or of those that get gradients, in a rank's part."""
@@ -146,6 +162,8 @@ class Bucket:
                 "is on a two-dimensional (HSDP) mesh, whose all-reduce between replicas torch does not let out of its "
                 "hands: give fully_shard the one-dimensional shard mesh, and smallreduce.fsdp.compress replicate_group="
             )
+        if getattr(group, "_all_reduce_hook", None) is not None:
+            return "has an all-reduce hook of its own: compress a model before set_all_reduce_hook, or without"
         if group.device.type not in ("cpu", "cuda"):
             return f"is on {group.device}; compressed collectives take CPU and CUDA tensors"
         for what, comm in (("all-gather", group._all_gather_comm), ("reduce-scatter", group._reduce_scatter_comm)):
