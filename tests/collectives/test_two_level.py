@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import unittest.mock
+import weakref
 
 import pytest
 import torch
@@ -351,3 +353,23 @@ def test_a_rank_that_dies_fails_the_others() -> None:
     results = outcomes(_dies, 4, group_timeout=5, keep=False)
     assert results[3].exitcode == 7
     assert all(result.error is None and result.value for result in results[:3]), results
+
+
+def _goes(rank: int, world: int) -> None:
+    group = dist.new_group(list(range(world)))
+    nodes = sr.two_level(group, node_size=2)
+    x, out = torch.ones(64), torch.empty(16)
+    nodes.all_reduce(x, "fp16")
+    nodes.reduce_scatter(out, x)
+    nodes.all_gather(x, out, "int8")
+    gone = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="has been destroyed"):
+        _ = nodes.group
+
+
+def test_it_does_not_keep_its_group() -> None:
+    run(_goes, 4)

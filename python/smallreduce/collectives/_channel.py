@@ -126,6 +126,10 @@ class Channel(ABC):
         """Takes ``stages`` through all chunks and completes ``work``. Returns when the first stage of all is issued,
         or, not in the background, perhaps later. What ``start.agreed`` raises is raised here."""
 
+    def wait_for(self, exchange: Exchange) -> None:
+        """Waits for an exchange of a collective on this channel."""
+        exchange.wait()
+
     def check(self) -> None:
         """Raises RuntimeError if an earlier failure has left the ranks of the group out of step."""
         if self._failure is not None:
@@ -258,10 +262,10 @@ class ThreadedChannel(Channel):
 
     def _turn(self, stages: Stages, chunk: int, tag: int, sent: Exchange) -> Exchange | None:
         with self.in_step():
-            self._await(sent)
+            self.wait_for(sent)
             return stages.turn(chunk, tag)
 
-    def _await(self, exchange: Exchange) -> None:
+    def wait_for(self, exchange: Exchange) -> None:
         try:
             # Once a stage has failed, the second stages of this rank are one short: none may follow.
             self.check()
@@ -278,7 +282,7 @@ class ThreadedChannel(Channel):
         try:
             gathered = turned.result()
             if gathered is not None:
-                self._await(gathered)
+                self.wait_for(gathered)
             stages.finish(chunk)
             if chunk == stages.chunks - 1:
                 stages.done()

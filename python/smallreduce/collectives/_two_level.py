@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,7 +43,15 @@ class TwoLevel(Levels):
 
     def __init__(self, group: dist.ProcessGroup, channel: Channel, node_size: int, chunks: int | None) -> None:
         super().__init__(channel, node_size, chunks)
-        self.group = group
+        # Weak: engines hold what they run on, and the channel, which is the group's, holds engines.
+        self._group = weakref.ref(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group has been destroyed")
+        return group
 
     def reduce_scatter(
         self,

@@ -87,7 +87,7 @@ class TwoLevelAllReduce(BucketEngine):
             )  # fmt: skip
         nbytes = levels.nodes * second
         # One thread issues all of these in the order of the chunks, so it may wait for one before the next.
-        levels.inter.all_to_all(received[:nbytes], sent[:nbytes], tag, second=True).wait()
+        self.channel.wait_for(levels.inter.all_to_all(received[:nbytes], sent[:nbytes], tag, second=True))
         gathered = sent[: self.channel.world_size * second]
         arrived = gathered.chunk(levels.node_size)[levels.local_rank]
         mine = arrived.chunk(levels.nodes)[levels.node]
@@ -95,7 +95,7 @@ class TwoLevelAllReduce(BucketEngine):
             received, second, levels.nodes, self._factor, self._own[chunk], mine, None, self._seeds[2], self._at_step,
             error,
         )  # fmt: skip
-        levels.inter.all_gather(arrived, mine, tag, second=True).wait()
+        self.channel.wait_for(levels.inter.all_gather(arrived, mine, tag, second=True))
         return levels.intra.all_gather(gathered, arrived, tag, second=True)
 
     def finish(self, chunk: int) -> None:
