@@ -17,7 +17,7 @@ class FlatShard(Tensor):
 
     ``torch.distributed.checkpoint`` saves the ranges of all ranks as one tensor, and loads from it whatever range a
     rank holds then, into the memory of ``local``: the ranges need not be those that were saved, nor the ranks as many.
-    Nothing else can be computed with it.
+    Nothing else can be computed with it, nor can ``async_save`` stage it, which copies all tensors first.
 
     Args:
         local: This rank's elements, 1-D and contiguous; may be none. Saving reads and loading writes them in place.
@@ -55,7 +55,8 @@ class FlatShard(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise TypeError(
-            f"{func} on a FlatShard, which is for torch.distributed.checkpoint only; its .local is this rank's range"
+            f"{func} on a FlatShard, which is for torch.distributed.checkpoint only (save and load, not async_save); "
+            "its .local is this rank's range"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

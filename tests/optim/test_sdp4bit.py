@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
+import time
+import warnings
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from ddp.training import Given, equal, same_on_all_ranks
 from optim.sdp4bit_reference import Reference
 from optim.sdp4bit_training import EXACT, Case, batch, loss_of, net, sdp4bit, train_sdp4bit
 from ranks import outcomes, run
+from smallreduce import ops
 from smallreduce.optim._sdp4bit_bucket import assign
 
 BACKEND = sr.metrics.register_counting_backend()
@@ -412,9 +416,10 @@ def _refuses(rank: int, world: int) -> None:
         (sum(twice) * model.scale).backward()
     optimizer.zero_grad()
     embedding = nn.Embedding(4, 8, sparse=True)
-    sr.optim.SDP4Bit(embedding, torch.optim.SGD, lr=0.1, **EXACT)
+    of_embedding = sr.optim.SDP4Bit(embedding, torch.optim.SGD, lr=0.1, **EXACT)
     with pytest.raises(TypeError, match="dense"):
         embedding(torch.tensor([1])).sum().backward()
+    of_embedding.zero_grad()
     model.double()
     with pytest.raises(RuntimeError, match="no longer where"):
         optimizer.step()
@@ -437,3 +442,211 @@ def _uneven(rank: int, world: int) -> None:
 def test_a_rank_with_more_steps_raises() -> None:
     results = outcomes(_uneven, 2, keep=False, group_timeout=2)
     assert results[1].error is not None
+
+
+# ---- equal padded sizes, modules without a forward, lifetimes, failures ------------------------------------------
+
+
+def _shared_buffers(rank: int, world: int) -> None:
+    # Two buckets of one padded size with gaps at different places share the buffers of gradients.
+    shapes = ((70, 72), (70,), (72, 69), (72,), (69, 71), (69,))
+    model = Given(shapes)
+    weights = list(model.weights)
+    buckets = assign(weights, 0.018)
+    scheme: dict[str, Any] = {"weights": None, "node_size": 1}
+    reference = Reference([w.detach().clone() for w in weights], buckets, world, *MOMENTUM, **scheme)
+    optimizer = sr.optim.SDP4Bit(model, MOMENTUM[0], bucket_cap_mb=0.018, **scheme, **MOMENTUM[1])
+    sizes = [bucket.weights.numel() for bucket in optimizer._buckets]
+    assert len(set(sizes)) < len(sizes)
+    for step in range(3):
+        generators = [torch.Generator().manual_seed(100 * step + r) for r in range(world)]
+        # The last bucket, whose buffer the others take over, has by far the largest gradients.
+        given = [[torch.randn(s, generator=g) * 10**i for i, s in enumerate(shapes)] for g in generators]
+        model(given[rank]).backward()
+        reference.reduce(given)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+        optimizer.synchronize()
+        assert equal(weights, reference.weights), step
+
+
+class _Functional(nn.Module):
+    """Uses parameters of modules that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.list = nn.ParameterList([torch.full((16, 16), 0.1)])
+        self.holder = nn.Module()
+        self.holder.dict = nn.ParameterDict({"w": torch.full((16, 16), 0.1)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's parametrizations have no such hook
+            self.normed = nn.utils.weight_norm(nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x @ self.list[0] @ self.holder.dict["w"])
+
+
+def _late(rank: int, world: int) -> None:
+    decode_add = ops.decode_add
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.05)  # the weights arrive well after the next forward has begun
+        decode_add(*args, **kwargs)
+
+    results = []
+    for overlap in (True, False):
+        torch.manual_seed(0)
+        model = _Functional()
+        options: dict[str, Any] = {"node_size": 1, "bucket_cap_mb": 1e-5, "overlap": overlap}  # a bucket each
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.5, **options)
+        losses = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "decode_add", late)
+            for part in (model.list, model.holder, model.normed):
+                loss = model(torch.ones(2, 16)).square().mean() + sum(p.sum() for p in part.parameters())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(model(torch.ones(2, 16)).detach())
+            optimizer.zero_grad()
+            torch.stack([p.sum() for p in model.parameters()]).sum().backward()
+            optimizer.step()
+            del optimizer  # waits
+            results.append([*losses, *(p.detach().clone() for p in model.parameters())])
+    assert equal(*results)
+
+
+def _lifetimes(rank: int, world: int) -> None:
+    models = net(), net()
+    optimizers = [sdp4bit(Case(), model, node_size=1) for model in models]
+    for owned in (models[0], nn.Sequential(models[0].middle)):
+        with pytest.raises(ValueError, match="is trained by another SDP4Bit"):
+            sdp4bit(Case(), owned, node_size=1)
+    for step in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss_of(model, batch(rank, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if not step:
+            optimizers.clear()
+            del optimizer
+            assert not any(m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in models[0].modules())
+            optimizers = [sdp4bit(Case(), model, node_size=1) for model in models]
+            assert same_on_all_ranks(list(models[0].parameters()))
+    for optimizer in optimizers:
+        optimizer.synchronize()
+    assert equal(list(models[0].parameters()), list(models[1].parameters()))
+    # A copy has hooks that do nothing, and can be trained by itself.
+    stream = io.BytesIO()
+    torch.save(models[0], stream)
+    stream.seek(0)
+    for copied in (torch.load(stream, weights_only=False), copy.deepcopy(models[0])):
+        assert equal(list(copied.parameters()), list(models[0].parameters()))
+        copied.load_state_dict(copied.state_dict())
+        assert optimizers[0]._loaded == set()
+        optimizer = sdp4bit(Case(), copied, node_size=1)
+        loss_of(copied, batch(rank, 0)).backward()
+        optimizer.step()
+
+
+def _failed_gather(rank: int, world: int) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no decoding today")
+
+    model = nn.Linear(64, 64)
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, node_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "decode_add", broken)
+        model(torch.ones(4, 64)).sum().backward()
+        optimizer.step()
+        for use in (model.state_dict, optimizer.synchronize, lambda: model(torch.ones(1, 64)), optimizer.checkpoint):
+            with pytest.raises(RuntimeError, match="no decoding today"):
+                use()
+    for exchange in optimizer._exchanges:
+        exchange.weights.work = None  # so that the end of the optimizer does not tell it, too
+
+
+def _start_step(rank: int, world: int) -> None:
+    # Gradients of the exact pass, or their zeros, are there when the first compressed ones come, and the other way.
+    def one(zeros: bool) -> sr.optim.SDP4Bit:
+        model = nn.Linear(70, 3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0)
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.5, node_size=1, start_step=1, gradients="int8")
+        for step in range(2):
+            (model(torch.ones(1, 70)).sum() * (1 + step)).backward()
+            optimizer.step()
+            if not step:
+                optimizer.zero_grad(set_to_none=not zeros)
+        return optimizer
+
+    grads = [[s.tensor.grad for b in one(zeros)._buckets for s in b.slices] for zeros in (True, False)]
+    assert grads[0]
+    assert equal(*grads)
+    model = nn.Linear(64, 4, bias=False)
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.0, node_size=1, gradients="int8")
+    for exact in (True, False, True):
+        optimizer._passes.is_exact = exact
+        model(torch.full((1, 64), 2.0)).sum().backward()
+    assert all((s.tensor.grad - 6.0).abs().max() < 0.02 for b in optimizer._buckets for s in b.slices)
+
+
+def _graphs(rank: int, world: int) -> None:
+    for options in (EXACT, {"node_size": 1}):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, **options)
+        first, second = model(torch.ones(1, 4)).sum(), model(torch.ones(1, 4)).square().sum()
+        first.backward()
+        optimizer.step()
+        optimizer.synchronize()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            second.backward()
+        optimizer.zero_grad()
+
+
+def _use(rank: int, world: int) -> None:
+    # Replaced gradients are clipped, too; gradients that a step has used and nobody has forgotten are told of, once.
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.0, **EXACT)
+    model(torch.ones(1, 64)).sum().backward()  # 4096 elements of 1: a norm of 64
+    for one in optimizer._buckets[0].slices:
+        one.tensor.grad = one.tensor.grad * 2
+    assert [optimizer.clip_grad_norm_(16.0).item() for _ in range(2)] == [128.0, 16.0]
+    optimizer.step()
+    model.zero_grad()
+    model(torch.ones(1, 64)).sum().backward()
+    assert all(torch.equal(s.tensor.grad, torch.full_like(s.tensor, 1.25)) for s in optimizer._buckets[0].slices)
+    with pytest.warns(UserWarning, match="gradients of an earlier step"):
+        optimizer.step()
+    optimizer.zero_grad()
+    for norm_type in (0.0, -1.0):
+        with pytest.raises(ValueError, match="norm_type"):
+            optimizer.clip_grad_norm_(1.0, norm_type)
+    # Only what was loaded becomes the master's.
+    optimizer = sr.optim.SDP4Bit(other := nn.Linear(64, 64), torch.optim.SGD, lr=0.1, node_size=1)
+    other(torch.ones(1, 64)).square().sum().backward()
+    optimizer.step()
+    optimizer.synchronize()
+    before = [one.tensor.detach().clone() for one in optimizer._buckets[0].slices]
+    other.load_state_dict({"bias": torch.zeros(64)}, strict=False)
+    optimizer.state_dict()
+    for one, old in zip(optimizer._buckets[0].slices, before, strict=True):
+        assert torch.equal(one.tensor, torch.zeros(64) if one.member.name == "bias" else old)
+
+
+@pytest.mark.parametrize(
+    "check", [_shared_buffers, _late, _lifetimes, _failed_gather, _start_step, _graphs, _use], ids=lambda f: f.__name__
+)
+def test_corners(check: Any) -> None:
+    run(check, 2)
+
+
+def test_one_rank_has_no_nodes() -> None:
+    run(_one_node, 1)
+
+
+def _one_node(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="node_size"):
+        sdp4bit(Case(), net(), node_size=3)

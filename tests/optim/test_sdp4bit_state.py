@@ -18,9 +18,11 @@ from optim.sdp4bit_training import EXACT, Case, net, sdp4bit, train
 from ranks import run
 from smallreduce._flat_shard import FlatShard
 
+HADAMARD = {"weights": "int4-hadamard"}  # whose gaps would not stay zero by themselves
+
 CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "adamw, bf16": (Case(dtype=torch.bfloat16, groups=True), {"node_size": 1}),
-    "sgd": (Case(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), {"node_size": 1, "start_step": 1}),
+    "sgd": (Case(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), {"node_size": 1, "start_step": 1, **HADAMARD}),
     "adagrad, exact": (Case(torch.optim.Adagrad, {"lr": 0.01}), EXACT),
     "exact bf16": (Case(dtype=torch.bfloat16), {**EXACT, "master_dtype": None}),
 }
@@ -47,6 +49,7 @@ def _resumes(rank: int, world: int) -> None:
             case, model, optimizer = _made(name)
             _advance(case, model, optimizer, rank, range(3))
             states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            given = copy.deepcopy(states)
             losses = _advance(case, model, optimizer, rank, range(3, 6))
             _, other, resumed = _made(name, seed=1)
             if model_first:
@@ -60,7 +63,10 @@ def _resumes(rank: int, world: int) -> None:
             assert equal(before["sdp4bit"].pop("master"), after["sdp4bit"].pop("master"))
             assert before["sdp4bit"] == after["sdp4bit"]
             # Loading shares no memory with what was loaded.
-            assert equal(states[1]["sdp4bit"]["master"], copy.deepcopy(states[1])["sdp4bit"]["master"])
+            assert equal(states[1]["sdp4bit"]["master"], given[1]["sdp4bit"]["master"])
+            for key, values in given[1]["state"].items():
+                for name_of, value in values.items():
+                    assert torch.equal(torch.as_tensor(states[1]["state"][key][name_of]), torch.as_tensor(value))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -90,11 +96,37 @@ def _refuses(rank: int, world: int) -> None:
         optimizer.load_state_dict({**state, "sdp4bit": {**own, "rank": 1}})
     with pytest.raises(RuntimeError, match="steps"):
         optimizer.load_state_dict({**state, "sdp4bit": {**own, "steps": rank}})
+    short = [{**group, "params": group["params"][:-1]} for group in state["param_groups"]]
+    with pytest.raises((ValueError, RuntimeError), match="slices on this rank"):
+        optimizer.load_state_dict({**state, "param_groups": short} if rank else state)
+    # Checkpoints, too, are the same on all ranks, or nothing is loaded.
+    state = optimizer.checkpoint()
+    for wrong in ({"steps": 2 + rank}, {"passes": 5 + rank}):
+        with pytest.raises(RuntimeError, match="do not agree"):
+            optimizer.load_checkpoint({**state, **wrong})
+    for wrong, message in (({"seed": 1}, "seed 1, not 0"), ({"steps": 0.5}, "steps"), ({"master": {}}, "lacks")):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+            optimizer.load_checkpoint({**state, **wrong} if rank else state)
     for wrong, kind in (({}, ValueError), (3, TypeError), ({**optimizer.checkpoint(), "param_groups": ()}, ValueError)):
         with pytest.raises(kind, match="checkpoint"):
             optimizer.load_checkpoint(wrong)  # type: ignore[arg-type]
     _advance(case, model, optimizer, rank, range(2, 4))
     assert same_on_all_ranks(list(model.parameters()))
+    # Of compressed weights the master is another than the weights, for which there must be room.
+    model, other = net(), net()
+    optimizer, exact = sdp4bit(Case(), model, node_size=1), sdp4bit(Case(), other, **EXACT)
+    _advance(Case(), model, optimizer, rank, range(1))
+    weights = [p.detach().clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match="of compressed weights"):
+        exact.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="of compressed weights"):
+        exact.load_checkpoint(optimizer.checkpoint())
+    assert equal(list(other.parameters()), weights)
+    # A checkpoint of no steps leaves nothing of those that were done.
+    fresh = {key: optimizer.checkpoint()[key] for key in ("format", "seed", "compressed", "master", "param_groups")}
+    optimizer.load_checkpoint({**fresh, "steps": 0, "passes": 0, "state": {}})
+    assert not optimizer.state
+    assert optimizer._steps == 0
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:

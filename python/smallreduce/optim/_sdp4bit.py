@@ -26,7 +26,7 @@ from smallreduce.optim._sdp4bit_arguments import (
 )
 from smallreduce.optim._sdp4bit_bucket import Bucket, Member, assign
 from smallreduce.optim._sdp4bit_exchange import Exchange
-from smallreduce.optim._sdp4bit_hooks import register_hooks
+from smallreduce.optim._sdp4bit_hooks import check_free, register_hooks
 from smallreduce.optim._sdp4bit_norm import clip_
 from smallreduce.optim._sdp4bit_passes import BackwardPasses
 from smallreduce.optim._sdp4bit_stats import SDP4BitMemory, SDP4BitStats
@@ -47,7 +47,8 @@ class SDP4Bit(Optimizer):
 
     Every rank holds all weights, and of the flat buffer of each bucket an equal part of the master (fp32) and of the
     state of ``optimizer_class``, which is given that part alone: one 1-D tensor for each parameter that reaches into it
-    (ZeRO-1, and of gradients only the part is kept, ZeRO-2). So ``param_groups`` are those of this rank's slices, and
+    (ZeRO-1, and of gradients only the part is kept, ZeRO-2; exact ones on the CPU, an all-reduce, whole).
+    So ``param_groups`` are those of this rank's slices, and
     any *elementwise* optimizer will do: Adam, AdamW, SGD, RMSprop, Adagrad and their like. Those that look at a whole
     parameter, as LAMB, Muon or Adafactor, will not.
 
@@ -64,7 +65,8 @@ class SDP4Bit(Optimizer):
 
     With ``overlap`` the weights arrive in the background. Modules that own parameters wait for these in a forward
     pre-hook, all of them in evaluation and without grad mode; so do ``state_dict()`` and ``load_state_dict()`` of the
-    model. Anything else that reads parameters, after a step and outside of the forward of their module, calls
+    model, and the end of this object, which takes its hooks along. Anything else
+    that reads parameters, after a step and outside of the forward of their module, calls
     :meth:`synchronize` first.
 
     At construction all parameters and buffers are broadcast from rank 0; from then on buffers are each rank's own. The
@@ -89,7 +91,8 @@ class SDP4Bit(Optimizer):
             then no copy unless the weights are compressed.
         process_group: None: the default group.
         bucket_cap_mb: Size of a bucket in MiB; None as in DDP: 25, the one of the first parameters 1.
-        overlap: Gather the weights in the background. False registers no hooks on modules, as suits torch.compile.
+        overlap: Gather the weights in the background. False: in :meth:`step`; then modules have no
+            hooks in their forward, as suits torch.compile.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, the same on all ranks.
         seed: Base of the random bits.
         **optimizer_kwargs: Of ``optimizer_class``.
@@ -100,7 +103,7 @@ class SDP4Bit(Optimizer):
 
     Raises:
         TypeError, ValueError: Impossible values; a model that is wrapped in DistributedDataParallel; parameters that
-            are not the model's.
+            are not the model's, or are those of another SDP4Bit that still lives.
         RuntimeError: Another rank refused its arguments, or has others.
 
     Source: Jia, Xie, Lu et al., *SDP4Bit: Toward 4-bit Communication Quantization in Sharded Data Parallelism for LLM
@@ -151,12 +154,15 @@ class SDP4Bit(Optimizer):
             self._scheme = Scheme.parse(
                 weights, differences, gradients, node_size, start_step, master_dtype, bucket_cap_mb, overlap, seed
             )
+            if self._channel is None and node_size not in (None, 1):
+                raise ValueError(f"node_size must divide the group's 1 rank, got {node_size}")
             self._groups = parameter_groups(model, params)
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             group_of = {id(p): number for number, (_, members) in enumerate(self._groups) for p in members}
             trained = [p for p in model.parameters() if id(p) in group_of]
             members = [Member(index, names[id(p)], p, group_of[id(p)]) for index, p in enumerate(trained)]
             for member in members:
+                check_free(member.name, member.parameter)
                 self._scheme.check_dtype(member.parameter.dtype)
             # What it would say of its arguments it says before anything is changed.
             probe = [
@@ -177,7 +183,8 @@ class SDP4Bit(Optimizer):
         super().__init__(self._inner.param_groups, self._inner.defaults)
         self._share()
         self._constructed = True
-        register_hooks(model, self._exchanges, self._passes.take, self._wait, self._mark_loaded, self._scheme.overlap)
+        hooks = self._passes.take, self._wait, self._mark_loaded
+        register_hooks(self, model, self._exchanges, *hooks, self._scheme.overlap)
 
     # ---- construction -----------------------------------------------------------------------------------------------
 
@@ -274,13 +281,14 @@ class SDP4Bit(Optimizer):
 
         Args:
             max_norm: The norm that is not to be exceeded.
-            norm_type: Order of the norm, ``inf`` for the maximum.
+            norm_type: Order of the norm, above 0; ``inf`` for the maximum.
             error_if_nonfinite: Raise if the norm is NaN or Inf.
 
         Returns:
             The norm before clipping, the same on all ranks: one element, 0-dimensional.
 
         Raises:
+            ValueError: ``norm_type`` is not above 0.
             RuntimeError: The norm is not finite, with ``error_if_nonfinite``.
         """
         self._passes.check("clip_grad_norm_()")
@@ -320,6 +328,7 @@ class SDP4Bit(Optimizer):
         self._adopt_loaded()
         if not self._passes.has_gradients:
             return loss
+        self._passes.use()
         self._inner.step()
         exact = self._passes.is_exact
         self._count_step(self._steps + 1)
@@ -407,6 +416,26 @@ class SDP4Bit(Optimizer):
     def _header(self) -> saved.Header:
         return saved.header(self._rank, self._world, self._scheme.seed, self._buckets)
 
+    def _progress(self) -> dict[str, Any]:
+        compressed = self._scheme.weights is not None
+        return {"compressed": compressed, "steps": self._steps, "passes": self._passes.number}
+
+    def _resume(self, kind: str, state: Mapping[str, Any], check: Callable[[], None]) -> None:
+        """Before anything is loaded: all ranks can, and have the same."""
+        self.synchronize()
+        prepare_or_refuse(self._channel, check)
+        if self._channel is not None:
+            progress = f"{state['steps']} steps and {state['passes']} passes"
+            agree(self._channel, f"load a {kind} of SDP4Bit after {progress}", [], self._count)
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        for bucket in self._buckets:
+            bucket.clean()
+        self._share()
+        self._count_step(state["steps"])
+        self._passes.number = state["passes"]
+        self._loaded = None
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, to be given back to the same rank of a group of the same size; for any other
         :meth:`checkpoint`. Save the model's beside it, which has the weights that the others know.
@@ -417,7 +446,7 @@ class SDP4Bit(Optimizer):
         """
         self.synchronize()
         self._adopt_loaded()
-        own = {**self._header(), "steps": self._steps, "passes": self._passes.number}
+        own = {**self._header(), **self._progress()}
         own["master"] = [bucket.master.detach() for bucket in self._buckets]
         return {**self._inner.state_dict(), "sdp4bit": own}
 
@@ -426,25 +455,16 @@ class SDP4Bit(Optimizer):
         """Takes over what :meth:`state_dict` gave. Load the model's, too, before or after.
 
         Raises:
-            TypeError, ValueError: The state is of another rank, world size, model or configuration, or none at all.
-                Nothing has changed then.
+            TypeError, ValueError: The state is of another rank, world size, model or configuration, or none at all,
+                or of compressed weights where the master is no copy. Nothing has changed then.
             RuntimeError: Another rank refused its state, or has one of another step.
         """
-        self.synchronize()
-        prepare_or_refuse(self._channel, lambda: saved.check(state_dict, self._header(), self._buckets))
-        if self._channel is not None:
-            agree(
-                self._channel, f"load a state of SDP4Bit after {state_dict['sdp4bit']['steps']} steps", [], self._count
-            )
+        own = state_dict.get("sdp4bit", {}) if isinstance(state_dict, Mapping) else {}
+        self._resume("state", own, lambda: saved.check(state_dict, self._header(), self._inner, self._buckets))
         self._inner.load_state_dict(saved.copied(state_dict))
-        self._share()
-        own = state_dict["sdp4bit"]
         for bucket, master in zip(self._buckets, own["master"], strict=True):
             bucket.master.copy_(master)
-            bucket.clean()
-        self._count_step(own["steps"])
-        self._passes.number = own["passes"]
-        self._loaded = None
+        self._go_on(own)
 
     def checkpoint(self) -> dict[str, Any]:
         """The state of all ranks together, for ``torch.distributed.checkpoint``: saved by any number of ranks and
@@ -466,23 +486,22 @@ class SDP4Bit(Optimizer):
         self.synchronize()
         self._adopt_loaded()
         template = saved.template(self._inner, self._optimizer_class, self._optimizer_kwargs, self._buckets)
-        return saved.checkpoint(self._inner, template, self._groups, self._buckets, self._steps, self._passes.number)
+        progress = {"seed": self._scheme.seed, **self._progress()}
+        return saved.checkpoint(self._inner, template, self._groups, self._buckets, progress)
 
     @torch.no_grad()
     def load_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`checkpoint` gave after ``torch.distributed.checkpoint.load`` has filled it.
 
         Raises:
-            TypeError, ValueError: Not such a state, or one of other parameter groups.
+            TypeError, ValueError: Not such a state, or one of other parameter groups, of another seed, or of compressed
+                weights where the master is no copy.
+            RuntimeError: Another rank refused its state, or has one of another step.
         """
-        self.synchronize()
-        saved.restore(state, self._inner, self._buckets)
-        for bucket in self._buckets:
-            bucket.clean()
-        self._share()
-        self._count_step(state["steps"])
-        self._passes.number = state["passes"]
-        self._loaded = None
+        check = lambda: saved.check_checkpoint(state, self._scheme.seed, self._inner, self._buckets)  # noqa: E731
+        self._resume("checkpoint", state, check)
+        saved.restore(state, self._inner, self._optimizer_class, self._optimizer_kwargs, self._buckets)
+        self._go_on(state)
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 

@@ -164,9 +164,11 @@ class Bucket:
 
     def _gradient(self, one: Slice) -> Tensor:
         assert self.reduced is not None
-        if self.is_whole:
-            return self.reduced[one.member.packed + one.begin :][: one.numel]
-        return one.view(self.reduced)
+        return self._packed(self.reduced, one) if self.is_whole else one.view(self.reduced)
+
+    @staticmethod
+    def _packed(flat: Tensor, one: Slice) -> Tensor:
+        return flat[one.member.packed + one.begin :][: one.numel]
 
     @property
     def whole_gradients(self) -> list[Tensor] | None:
@@ -180,21 +182,38 @@ class Bucket:
                 return None
         return [member.view(reduced, packed=True) for member in self.members]
 
-    def accumulate(self, reduced: Tensor, is_whole: bool) -> Tensor:
-        """Adds reduced gradients to those there are. Returns the buffer that is not needed any more, or an empty one"""
-        if self.reduced is None or self.is_whole != is_whole:
-            assert self.reduced is None, "all passes of a step are reduced in one way"
+    def accumulate(self, reduced: Tensor, is_whole: bool) -> Tensor | None:
+        """Adds reduced gradients to those there are. Returns a packed buffer that is not needed any more, if any."""
+        if self.reduced is None:
             self.reduced, self.is_whole = reduced, is_whole
             self._version = reduced._version
-            spare = reduced[:0]
-        else:
+            spare = None
+        elif self.is_whole == is_whole:
+            self._take_back()
             with self._alike():
                 self.reduced += reduced
-            spare = reduced
+            spare = reduced if is_whole else None
+        else:
+            # Of two ways to reduce, as before and after ``start_step``, only this rank's part is in both.
+            self._take_back()
+            whole, part = (self.reduced, reduced) if self.is_whole else (reduced, self.reduced)
+            for one in self.slices:
+                one.view(part).add_(self._packed(whole, one))
+                one.tensor.grad = one.view(part)
+            self.reduced, self.is_whole, spare = part, False, whole
         for one in self.slices:
             if one.tensor.grad is None:
                 one.tensor.grad = self._gradient(one)
         return spare
+
+    def _take_back(self) -> None:
+        """Brings what the user has put into ``grad`` of the slices, instead of the view of ``reduced``, into that."""
+        for one in self.slices:
+            view, gradient = self._gradient(one), one.tensor.grad
+            if gradient is None:
+                view.zero_()
+            elif gradient.data_ptr() != view.data_ptr():
+                one.tensor.grad = view.copy_(gradient)
 
     @contextmanager
     def _alike(self) -> Iterator[None]:
@@ -206,10 +225,14 @@ class Bucket:
             self._version = self.reduced._version
 
     def scale(self, factor: Tensor) -> None:
-        """Multiplies the reduced gradients."""
+        """Multiplies the reduced gradients, as they stand in ``grad`` of the slices."""
         if self.reduced is not None:
             with self._alike():
                 self.reduced.mul_(factor)
+            for one in self.slices:
+                gradient = one.tensor.grad
+                if gradient is not None and gradient.data_ptr() != self._gradient(one).data_ptr():
+                    gradient.mul_(factor)  # put there by the user
 
     def zero(self) -> None:
         """Sets the reduced gradients to zero."""
@@ -240,11 +263,17 @@ class Bucket:
                     one.view(self.master).copy_(one.view(self.own))
 
     def clean(self) -> None:
-        """Sets what lies between the parameters to zero. A NaN in a group of a codec reaches all of the group."""
-        begins = [member.offset for member in self.members[1:]] + [self.weights.numel()]
-        for member, begin in zip(self.members, begins, strict=True):
-            self.weights[member.offset + member.numel : begin].zero_()
+        """Sets what lies between the parameters to zero, in the weights and in the master."""
+        self.clean_gaps(self.weights)
         if self.is_copy:
             begins = [one.offset for one in self.slices] + [self.part]
             for end, begin in zip([0, *(one.offset + one.numel for one in self.slices)], begins, strict=True):
                 self.master[end:begin].zero_()
+
+    def clean_gaps(self, flat: Tensor) -> None:
+        """Sets what lies between the parameters to zero in a buffer laid out as the weights are. It is encoded with
+        the parameters: it enters the scale of its group, a Hadamard transform spreads it, a NaN reaches all of it."""
+        begins = [member.offset for member in self.members[1:]] + [flat.numel()]
+        for member, begin in zip(self.members, begins, strict=True):
+            if member.offset + member.numel < begin:
+                flat[member.offset + member.numel : begin].zero_()

@@ -28,7 +28,7 @@ __all__ = ["Exchange", "Pool"]
 
 
 class Pool:
-    """Buffers for gradients that have not been reduced, of zeros when new."""
+    """Buffers for gradients that have not been reduced, shared by all buckets. What they hold is undefined."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
@@ -38,7 +38,7 @@ class Pool:
         free = self._free.get((numel, dtype))
         if free:
             return free.pop()
-        buffer = torch.zeros(numel, dtype=dtype, device=device)
+        buffer = torch.empty(numel, dtype=dtype, device=device)
         self.nbytes += buffer.nbytes
         return buffer
 
@@ -53,7 +53,7 @@ class _Work(Protocol):
 
 @dataclass
 class _Traffic:
-    """Collectives in one direction: what was sent, and the one in flight with what it fills."""
+    """Collectives in one direction: what was sent, and the one in flight."""
 
     count: Count = field(default_factory=Count)
     work: _Work | None = None
@@ -123,6 +123,8 @@ class Exchange:
             self._is_packed = bucket.world == 1 or (exact and not bucket.weights.is_cuda)
             numel = bucket.numel if self._is_packed else bucket.weights.numel()
             self._flat = pool.take(numel, bucket.master.dtype, bucket.weights.device)
+            if not self._is_packed:
+                bucket.clean_gaps(self._flat)
         return self._flat
 
     def reduce(self, exact: bool, at_pass: int, pool: Pool) -> None:
@@ -171,24 +173,26 @@ class Exchange:
         if self.gradients.work is not None:
             self.gradients.work.wait()
         pool.give(self._flat)
-        spare = self.bucket.accumulate(self._output, self._is_packed)
-        if self._is_packed and spare.numel():
-            pool.give(spare)
+        pool.give(self.bucket.accumulate(self._output, self._is_packed))
         self._output = self._flat = self.gradients.work = None
 
     def forget(self, pool: Pool) -> None:
         """Lets go of all gradients, those of a pass that failed too."""
-        if self.gradients.work is not None:
-            self.gradients.work.wait()
-        pool.give(self._flat)
-        if self._is_packed:
-            pool.give(self._output)
-        self._output = self._flat = self.gradients.work = None
-        self._ready.clear()
-        was_whole = self.bucket.is_whole
-        reduced = self.bucket.forget()
-        if was_whole:
-            pool.give(reduced)
+        work, self.gradients.work = self.gradients.work, None
+        try:
+            # So that nothing is written to the buffers later. One that failed raises here once more, and is gone.
+            if work is not None:
+                work.wait()
+        finally:
+            pool.give(self._flat)
+            if self._is_packed:
+                pool.give(self._output)
+            self._output = self._flat = None
+            self._ready.clear()
+            was_whole = self.bucket.is_whole
+            reduced = self.bucket.forget()
+            if was_whole:
+                pool.give(reduced)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -197,6 +201,8 @@ class Exchange:
         bucket, count, scheme = self.bucket, self.weights.count, self._scheme
         part_nbytes = bucket.own.nbytes
         count.uncompressed_bytes += (bucket.world - 1) * part_nbytes
+        # The buffer is written past autograd, which is to notice a backward pass through the weights of before.
+        torch.autograd.graph.increment_version([member.parameter for member in bucket.members])
         if bucket.world == 1:
             bucket.write()
         elif exact or self._gatherer is None:
@@ -220,7 +226,9 @@ class Exchange:
             count.bytes_sent += self._gatherer.bytes_sent
 
     def end_gather(self) -> None:
-        """Waits until the weights are up to date."""
-        work, self.weights.work = self.weights.work, None
-        if work is not None:
-            work.wait()
+        """Waits until the weights are up to date. If the gather failed, this raises each time."""
+        if self.weights.work is not None:
+            self.weights.work.wait()
+            self.weights.work = None
+            if self._gatherer is not None:  # not every codec decodes what was encoded as zero to zero
+                self.bucket.clean_gaps(self.bucket.weights)

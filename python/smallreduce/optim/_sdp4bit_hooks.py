@@ -3,84 +3,166 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from smallreduce.optim._sdp4bit_exchange import Exchange
 
-__all__ = ["register_hooks"]
+__all__ = ["check_free", "register_hooks"]
+
+_Exchanges = Sequence[Exchange]
+_Wait = Callable[[_Exchanges | None], None]
+_Loaded = Callable[[Sequence[nn.Parameter]], None]
+_T = TypeVar("_T")
+
+_owners: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+"""The living optimizer of each parameter, by the id of the parameter, which it keeps alive."""
+
+
+def check_free(name: str, parameter: nn.Parameter) -> None:
+    """Raises ValueError if the parameter is that of another SDP4Bit."""
+    if id(parameter) in _owners:
+        raise ValueError(
+            f"{name} is trained by another SDP4Bit: let go of that (and of what refers to it, as a learning rate "
+            "schedule does) before the next is made"
+        )
 
 
 def register_hooks(
+    optimizer: Optimizer,
     model: nn.Module,
-    exchanges: Sequence[Exchange],
+    exchanges: _Exchanges,
     take: Callable[[Exchange, int], None],
-    wait: Callable[[Sequence[Exchange] | None], None],
-    loaded: Callable[[Sequence[nn.Parameter]], None],
+    wait: _Wait,
+    loaded: _Loaded,
     overlap: bool,
 ) -> None:
-    """Registers hooks on the parameters of the buckets and on the modules that have such.
+    """Registers hooks on the parameters of the buckets and on the modules that have such, for as long as the optimizer
+    lives. They do not keep it alive.
 
     Args:
         take: Called when the gradient of a member, by its number in the bucket, stands in its parameter's ``grad``.
-        wait: Called before the weights of these buckets, or of all (None), are used.
-        loaded: Called after ``load_state_dict()`` with the parameters that it may have changed.
+        wait: A method of the optimizer: called before the weights of these buckets, or of all (None), are used.
+        loaded: A method of the optimizer: called after ``load_state_dict()`` with the parameters that it has changed.
         overlap: Whether there is anything to wait for.
     """
+    wait, loaded = _weak(wait), _weak(loaded)
+    handles: list[RemovableHandle] = []
     bucket_of: dict[int, Exchange] = {}
     for exchange in exchanges:
         for index, member in enumerate(exchange.bucket.members):
             bucket_of[id(member.parameter)] = exchange
-            member.parameter.register_post_accumulate_grad_hook(_gradient_hook(exchange, index, take))
+            _owners[id(member.parameter)] = optimizer
+            ready = _Ready(exchange, index, take)
+            handles.append(member.parameter.register_post_accumulate_grad_hook(ready))
     for module in model.modules():
-        if any(id(parameter) in bucket_of for parameter in module.parameters()):
-            # Its attention uses the weights of its out_proj, whose forward is never called.
-            own = module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
-            members = [parameter for parameter in own if id(parameter) in bucket_of]
-            buckets = list({id(bucket_of[id(p)]): bucket_of[id(p)] for p in members}.values())
-            _register_on_module(module, members, buckets, wait, loaded, overlap)
+        if overlap and any(id(parameter) in bucket_of for parameter in module.parameters()):
+            used = {id(bucket_of[id(p)]): bucket_of[id(p)] for p in _used_by(module) if id(p) in bucket_of}
+            buckets = list(used.values())
+            state = _BeforeState(buckets, wait)
+            # Before all others, which may compute with the weights, as that of weight_norm does.
+            handles.append(module.register_forward_pre_hook(_BeforeForward(buckets, wait), prepend=True))
+            handles.append(module.register_state_dict_pre_hook(state))
+            handles.append(module.register_load_state_dict_pre_hook(state))
+        members = [parameter for parameter in module.parameters(recurse=False) if id(parameter) in bucket_of]
+        if members:
+            versions: dict[int, int] = {}
+            handles.append(module.register_load_state_dict_pre_hook(_BeforeLoad(members, versions)))
+            handles.append(module.register_load_state_dict_post_hook(_AfterLoad(members, versions, loaded)))
+    weakref.finalize(optimizer, _end, handles, exchanges).atexit = False
 
 
-# Plain functions, which a copy.deepcopy of the model shares, where a bound method would have the optimizer copied. They
-# do nothing for the copy.
+def _end(handles: Sequence[RemovableHandle], exchanges: _Exchanges) -> None:
+    """The optimizer is gone: nobody else would wait for its last step."""
+    for handle in handles:
+        handle.remove()
+    for exchange in exchanges:
+        exchange.end_gather()
 
 
-def _gradient_hook(exchange: Exchange, index: int, take: Callable[[Exchange, int], None]) -> Callable[[Tensor], None]:
-    def ready(parameter: Tensor) -> None:
-        take(exchange, index)
+def _weak(method: Callable[[_T], None]) -> Callable[[_T], None]:
+    """The bound method as long as its object lives; after that it does nothing."""
+    reference = weakref.WeakMethod(method)
 
-    return ready
+    def call(argument: _T) -> None:
+        if (alive := reference()) is not None:
+            alive(argument)
+
+    return call
 
 
-def _register_on_module(
-    module: nn.Module,
-    members: Sequence[nn.Parameter],
-    exchanges: Sequence[Exchange],
-    wait: Callable[[Sequence[Exchange] | None], None],
-    loaded: Callable[[Sequence[nn.Parameter]], None],
-    overlap: bool,
-) -> None:
-    owner = weakref.ref(module)
+def _used_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that the forward of the module itself uses: its own, and those of modules inside it that are
+    never called."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        # A ParameterList has no forward. Attention uses the weights of its out_proj.
+        if type(child).forward is nn.Module.forward or isinstance(module, nn.MultiheadAttention):
+            yield from _used_by(child)
 
-    def before_forward(called: nn.Module, args: Any) -> None:
+
+class _Hook:
+    """A hook that does nothing in a copy of its module, whether by ``copy.deepcopy`` or by ``torch.save``."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class _Ready(_Hook):
+    exchange: Exchange
+    index: int
+    take: Callable[[Exchange, int], None]
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.take(self.exchange, self.index)
+
+
+@dataclass(eq=False)
+class _BeforeForward(_Hook):
+    exchanges: _Exchanges
+    wait: _Wait
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
         # Outside of training torch's own modules may compute with the weights of those inside them.
-        if called is owner():
-            wait(exchanges if called.training and torch.is_grad_enabled() else None)
+        self.wait(self.exchanges if module.training and torch.is_grad_enabled() else None)
 
-    def before_state(called: nn.Module, *args: Any) -> None:
-        if called is owner():
-            wait(exchanges)
 
-    def after_load(called: nn.Module, incompatible_keys: Any) -> None:
-        if called is owner():
-            loaded(members)
+@dataclass(eq=False)
+class _BeforeState(_Hook):
+    exchanges: _Exchanges
+    wait: _Wait
 
-    if overlap:
-        module.register_forward_pre_hook(before_forward)
-        module.register_state_dict_pre_hook(before_state)
-        module.register_load_state_dict_pre_hook(before_state)
-    if members:
-        module.register_load_state_dict_post_hook(after_load)
+    def __call__(self, *args: Any) -> None:
+        self.wait(self.exchanges)
+
+
+@dataclass(eq=False)
+class _BeforeLoad(_Hook):
+    members: Sequence[nn.Parameter]
+    versions: dict[int, int]
+
+    def __call__(self, *args: Any) -> None:
+        self.versions.update({id(member): member._version for member in self.members})
+
+
+@dataclass(eq=False)
+class _AfterLoad(_Hook):
+    members: Sequence[nn.Parameter]
+    versions: dict[int, int]
+    loaded: _Loaded
+
+    def __call__(self, *args: Any) -> None:
+        # With strict=False some may be as they were.
+        self.loaded([member for member in self.members if member._version != self.versions.get(id(member))])

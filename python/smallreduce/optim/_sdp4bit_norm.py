@@ -25,6 +25,8 @@ def clip_(
     count: Count,
 ) -> Tensor:
     """See :meth:`SDP4Bit.clip_grad_norm_`."""
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be above 0, got {norm_type}")
     total = _total_norm(buckets, float(norm_type), group, count)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -47,6 +48,8 @@ class BackwardPasses:
         self.sentinel = nn.Parameter(torch.zeros(1, device=exchanges[0].bucket.weights.device))
         self._next = 0  # bucket to be reduced, from the last on
         self._in_pass = self._is_local = False
+        self._used: int | None = None  # passes at the last step whose gradients are still there
+        self._has_warned = False
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -113,15 +116,30 @@ class BackwardPasses:
                 exchange.forget(self.pool)
             else:
                 exchange.bucket.zero()
+        self._used = None
         if forget:
             self.has_gradients = False
             self.sentinel.grad = None
         self._in_pass = False
 
+    def use(self) -> None:
+        """Called by a step. Warns once where gradients of the step before are still among the reduced ones."""
+        if self._used is not None and self.number > self._used and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the gradients of an earlier step were added to those of this one, since zero_grad() of SDP4Bit was "
+                "not called in between; that of the model does not reach reduced gradients",
+                stacklevel=3,
+            )
+        self._used = self.number
+
     def check(self, call: str) -> None:
         """Raises RuntimeError unless all gradients there are have been reduced."""
         if self._in_pass:
-            raise RuntimeError(f"{call} after a backward pass that has not ended; zero_grad() starts anew")
+            raise RuntimeError(
+                f"{call} after a backward pass that has not ended; zero_grad() starts anew, where all ranks "
+                "failed at the same point of it"
+            )
         if any(member.parameter.grad is not None for e in self._exchanges for member in e.bucket.members):
             raise RuntimeError(
                 f"{call} with gradients that have not been reduced: the last of the backward passes whose gradients "

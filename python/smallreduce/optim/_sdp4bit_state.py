@@ -15,15 +15,15 @@ from smallreduce._flat_shard import FlatShard
 from smallreduce.codecs import as_int
 from smallreduce.optim._sdp4bit_bucket import Bucket, Slice
 
-__all__ = ["FORMAT", "Header", "check", "checkpoint", "copied", "header", "restore", "template"]
+__all__ = ["FORMAT", "Header", "check", "check_checkpoint", "checkpoint", "copied", "header", "restore", "template"]
 
 FORMAT = 1
 
 Header = dict[str, Any]
 """What a rank's state must have in common with the optimizer that loads it."""
 
-_OWN = {"format", "rank", "world_size", "seed", "layout", "steps", "passes", "master"}
-_CHECKPOINT = {"format", "steps", "passes", "master", "state", "param_groups"}
+_OWN = {"format", "rank", "world_size", "seed", "layout", "compressed", "steps", "passes", "master"}
+_CHECKPOINT = {"format", "seed", "compressed", "steps", "passes", "master", "state", "param_groups"}
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------
@@ -36,7 +36,15 @@ def header(rank: int, world_size: int, seed: int, buckets: Sequence[Bucket]) -> 
     return {"format": FORMAT, "rank": rank, "world_size": world_size, "seed": seed, "layout": digest}
 
 
-def check(state_dict: object, expected: Header, buckets: Sequence[Bucket]) -> None:
+def _check_master(state: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
+    if state["compressed"] and not all(bucket.is_copy for bucket in buckets):
+        raise ValueError(
+            "this state is of compressed weights, which are not those of its master, but here the weights are the "
+            "master: give weights= as it was (with a large start_step they are exact), or load the model alone"
+        )
+
+
+def check(state_dict: object, expected: Header, inner: Optimizer, buckets: Sequence[Bucket]) -> None:
     """Raises TypeError or ValueError unless it is a state of this rank."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"a state is a dict, got {type(state_dict).__name__}")
@@ -60,6 +68,16 @@ def check(state_dict: object, expected: Header, buckets: Sequence[Bucket]) -> No
     masters = [(tuple(m.shape), m.dtype) if isinstance(m, Tensor) else type(m) for m in own["master"]]
     if masters != forms:
         raise ValueError(f"the state's master must be {forms}, got {masters}")
+    _check_master(own, buckets)
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), list):
+        raise ValueError("a state of SDP4Bit must have 'state' and 'param_groups' of its optimizer")
+    given_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in inner.param_groups]
+    if given_sizes != sizes:
+        raise ValueError(
+            f"the state's parameter groups must have {sizes} slices on this rank, got {given_sizes}: has it the same "
+            "groups, and a scaler where this has one?"
+        )
 
 
 def copied(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +119,9 @@ def checkpoint(
     states: Mapping[int, Mapping[str, Any]],
     groups: Sequence[tuple[Mapping[str, Any], Sequence[nn.Parameter]]],
     buckets: Sequence[Bucket],
-    steps: int,
-    passes: int,
+    progress: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """See :meth:`SDP4Bit.checkpoint`. ``states``: of :func:`template`."""
+    """See :meth:`SDP4Bit.checkpoint`. ``states``: of :func:`template`; ``progress``: the numbers of all ranks."""
     slices = [one for bucket in buckets for one in bucket.slices]
     names = {id(member.parameter): member.name for bucket in buckets for member in bucket.members}
     options = tuple(
@@ -114,8 +131,7 @@ def checkpoint(
     )
     return {
         "format": FORMAT,
-        "steps": steps,
-        "passes": passes,
+        **progress,
         "master": {one.member.name: _shard(one.tensor, one) for one in slices},
         "state": {
             one.member.name: {
@@ -138,14 +154,19 @@ def _is_elementwise(value: object, one: Slice) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == one.tensor.shape
 
 
-def restore(state: object, inner: Optimizer, buckets: Sequence[Bucket]) -> None:
-    """See :meth:`SDP4Bit.load_checkpoint`. Raises TypeError or ValueError for what is none."""
+def check_checkpoint(state: object, seed: int, inner: Optimizer, buckets: Sequence[Bucket]) -> None:
+    """Raises TypeError or ValueError unless it is a checkpoint of such an optimizer."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a checkpoint is a dict, got {type(state).__name__}")
     if state.keys() != _CHECKPOINT or state["format"] != FORMAT:
         raise ValueError(
             f"not what SDP4Bit.checkpoint() gives in format {FORMAT}, got a dict with {', '.join(map(str, state))}"
         )
+    if state["seed"] != seed:
+        raise ValueError(f"this checkpoint has seed {state['seed']}, not {seed}")
+    for key in ("steps", "passes"):
+        as_int(state[key], key)
+    _check_master(state, buckets)
     saved_groups = state["param_groups"]
     groups = len(inner.param_groups)
     if len(saved_groups) != groups:
@@ -161,14 +182,31 @@ def restore(state: object, inner: Optimizer, buckets: Sequence[Bucket]) -> None:
     if lacking := [one.member.name for one in slices if one.member.name not in state["master"]]:
         raise ValueError(f"the checkpoint lacks the master of {', '.join(lacking)}")
     for one in slices:
+        form = (state["master"][one.member.name].local.shape, state["master"][one.member.name].local.dtype)
+        if form != (one.tensor.shape, one.tensor.dtype):
+            raise ValueError(f"the checkpoint's master of {one.member.name} is of another rank or dtype: {form}")
+
+
+def restore(
+    state: Mapping[str, Any],
+    inner: Optimizer,
+    optimizer_class: type[Optimizer],
+    kwargs: Mapping[str, Any],
+    buckets: Sequence[Bucket],
+) -> None:
+    """See :meth:`SDP4Bit.load_checkpoint`; after :func:`check_checkpoint`."""
+    if not state["steps"]:  # before the first step there is no state but what a new one may have, as Adagrad
+        inner.state.clear()
+        inner.state.update(optimizer_class([dict(group) for group in inner.param_groups], **kwargs).state)
+    for one in (one for bucket in buckets for one in bucket.slices):
         loaded = state["master"][one.member.name]
         if loaded.local.data_ptr() != one.tensor.data_ptr():
             one.tensor.detach().copy_(loaded.local)
-        if state["steps"]:  # before the first step there was no state
+        if state["steps"]:
             values = state["state"].get(one.member.name, {})
             inner.state[one.tensor] = {
                 name: value.local if isinstance(value, FlatShard) else copy.deepcopy(value)
                 for name, value in values.items()
             }
-    for group, options in zip(inner.param_groups, saved_groups, strict=True):
+    for group, options in zip(inner.param_groups, state["param_groups"], strict=True):
         group.update({name: copy.deepcopy(value) for name, value in options.items() if name != "params"})
