@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -153,8 +153,7 @@ def parse_levels(
 ) -> C | tuple[PacketCodec, PacketCodec] | None:
     """On one level what ``parse_one`` gives; on two a pair of codecs, for which one alone may stand."""
     if not isinstance(route, Levels):
-        assert not isinstance(spelling, (tuple, list))
-        return parse_one(spelling, x, name, route)
+        return parse_one(cast("str | Codec | None", spelling), x, name, route)  # which refuses a pair
     pair = tuple(spelling) if isinstance(spelling, (tuple, list)) else (spelling, spelling)
     if len(pair) != 2:
         raise ValueError(f"codecs must be two, inside the node and between nodes, got {len(pair)}")

@@ -96,8 +96,9 @@ def compress(
 
     Args:
         model: A module with FSDP modules, or one itself.
-        gradients: A codec that makes packets, or its spelling; a pair, inside a node and between nodes, for the
-            reduce-scatter on two levels (SDP4Bit, arXiv:2410.15526, Algorithm 3); None: torch's own reduce-scatter.
+        gradients: A codec that makes packets (``Sign`` and ``TopK`` with ``feedback`` only), or its spelling; a pair,
+            inside a node and between nodes, for the reduce-scatter on two levels (SDP4Bit, arXiv:2410.15526, Algorithm
+            3); None: torch's own reduce-scatter.
         weights: ``IntQuant`` or ``Cast``, or None: torch's own all-gather.
         feedback: Error feedback for gradients: what the codec takes away from a rank's gradients is added to its next
             ones. ``"full"``: fp32 residuals; ``"int8"``: LoCo (arXiv:2407.04480), an exponential average in 8-bit

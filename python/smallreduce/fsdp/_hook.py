@@ -31,7 +31,8 @@ class HookState:
     """State of :func:`smallreduce.fsdp.hook`, for ``fsdp1_model.register_comm_hook(state, smallreduce.fsdp.hook)``.
 
     Args:
-        codec: A codec that makes packets, its spelling, or None: exact, the same bits as FSDP without a hook.
+        codec: A codec that makes packets and needs no feedback, as ``Sign`` and ``TopK`` do; its spelling; or None:
+            exact, the same bits as FSDP without a hook.
         process_group: That of the model; None: the default group.
         seed: Base of the random bits; the same on all ranks.
 
