@@ -12,9 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import smallreduce as sr
+from ddp.training import Given
 
 EXACT: dict[str, Any] = {"weights": None, "gradients": None}
 BUCKET_MB = 0.001
+MOMENTUM: tuple[type[torch.optim.Optimizer], dict[str, Any]] = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
+
+GIVEN_SHAPES = ((33, 9), (40,), (128, 5), (7, 1), (257, 3), (5,), (64, 64), ())
+GIVEN_BUCKET_MB = 0.004
 
 
 class Net(nn.Module):
@@ -52,6 +57,20 @@ def batch(rank: int, step: int, dtype: torch.dtype = torch.float32, rows: int = 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(x), torch.sin(2 * x))
+
+
+def given_model(dtype: torch.dtype = torch.float32) -> Given:
+    module = Given(GIVEN_SHAPES)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in module.weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    return module.to(dtype)
+
+
+def given_gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in GIVEN_SHAPES]
 
 
 @dataclass
