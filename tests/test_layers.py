@@ -18,6 +18,7 @@ LAYERS = [
     ["_C"],
     ["_native", "_blocks", "metrics", "advise"],
     ["_layout"],
+    ["_operators"],
     ["ops"],
     ["codecs"],
     ["feedback", "_flat_shard"],
