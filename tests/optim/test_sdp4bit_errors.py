@@ -34,7 +34,7 @@ def _refuses(rank: int, world: int) -> None:
         ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, "another"),
         ({"momentun": 0.9}, TypeError, "momentun"),
         ({"lr": -1.0}, ValueError, "learning rate"),
-        ({"process_group": 3}, TypeError, "process_group"),
+        ({"process_group": 3}, TypeError, "got int"),
     ]
     for options, kind, message in bad:
         options = {"lr": 0.1, "node_size": 1, **options}

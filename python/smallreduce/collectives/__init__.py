@@ -1,9 +1,9 @@
 """Compressed collectives on any torch process group.
 
 For the layers above, beside the public functions: :func:`engine_for`, :func:`reduce_scatter_for` and
-:func:`all_gather_for` make the engine of one bucket, :func:`channel_of` gives what it runs on, :func:`agree` compares
-what the ranks are about to do, :func:`prepare_or_refuse` tells the others of an error of one rank, and :class:`Count`
-counts what was sent.
+:func:`all_gather_for` make the engine of one bucket, :func:`group_of` and :func:`channel_of` give what it runs on,
+:func:`agree` compares what the ranks are about to do, :func:`prepare_or_refuse` tells the others of an error of one
+rank, and :class:`Count` counts what was sent.
 """
 
 from smallreduce.collectives._agreement import agree, prepare_or_refuse
@@ -13,6 +13,7 @@ from smallreduce.collectives._channel import Channel, Start, channel_of, shutdow
 from smallreduce.collectives._count import Count, ring_bytes
 from smallreduce.collectives._engine import AllReduce, BucketEngine
 from smallreduce.collectives._engine_for import engine_for
+from smallreduce.collectives._group import group_of
 from smallreduce.collectives._levels import Route
 from smallreduce.collectives._reduce_scatter import ReduceScatter, reduce_scatter, reduce_scatter_for
 from smallreduce.collectives._two_level import SDP4BIT, TwoLevel, two_level
@@ -36,6 +37,7 @@ __all__ = [
     "all_reduce",
     "channel_of",
     "engine_for",
+    "group_of",
     "prepare_or_refuse",
     "reduce_scatter",
     "reduce_scatter_for",

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from smallreduce.collectives._group import group_of
 from smallreduce.collectives._links import Exchange, GlooLinks, Links, NcclLinks
 from smallreduce.collectives._work import Work
 
@@ -437,16 +438,13 @@ def channel_of(group: dist.ProcessGroup | None, device: torch.device) -> Channel
     The first call for a group is collective: its ranks make the private clones together.
 
     Raises:
+        TypeError: Not a process group.
         ValueError: This rank is not in the group, or the group has no suitable backend for the device.
         RuntimeError: A CUDA graph is being captured.
     """
     if device.type == "cuda":
         _refuse_capture()
-    group = dist.group.WORLD if group is None else group
-    if group is None:
-        raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
-    if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-        raise ValueError(f"rank {dist.get_rank()} is not a member of the process group")
+    group = group_of(group)
     channels = _channels.setdefault(group, {})
     if device not in channels:
         channels[device] = _open(group, device)

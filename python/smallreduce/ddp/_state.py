@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce.codecs import Codec, TopK
 from smallreduce.codecs import codec as parse_codec
-from smallreduce.collectives import Channel, Count, agree, channel_of, prepare_or_refuse, ring_bytes
+from smallreduce.collectives import Channel, Count, agree, channel_of, group_of, prepare_or_refuse, ring_bytes
 from smallreduce.ddp._bucket import BucketPlan, Part, Slot, plan_bucket, slots_of
 from smallreduce.ddp._loss_scale import LossScale
 from smallreduce.ddp._memory import Binding, Residuals, bind
@@ -156,7 +156,7 @@ class HookState:
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts the reduction of one bucket; the hook itself."""
-        group = self._group()
+        group = group_of(self._process_group)
         # DDP reduces all of its buckets, in the order of their indices.
         if bucket.index() == 0:
             self._begin_step()
@@ -309,12 +309,6 @@ class HookState:
 
     # ---- buckets ----------------------------------------------------------------------------------------------------
 
-    def _group(self) -> dist.ProcessGroup:
-        group = dist.group.WORLD if self._process_group is None else self._process_group
-        if group is None:
-            raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
-        return group
-
     def _plan(self, bucket: GradBucket, group: dist.ProcessGroup) -> BucketPlan:
         parameters = bucket.parameters()
         buffer = bucket.buffer()
@@ -418,7 +412,7 @@ class HookState:
         Raises:
             RuntimeError: On every rank, if they do not agree; the message says which rank had what.
         """
-        group = self._group()
+        group = group_of(self._process_group)
         if group.size() == 1 or not parameters:
             return
         channel = channel_of(group, parameters[0].device)
@@ -455,7 +449,7 @@ class HookState:
             A dict of plain types and tensors that ``torch.load(weights_only=True)`` takes.
         """
         self._follow_scaler()
-        group = self._group()
+        group = group_of(self._process_group)
         return Saved(self._memory, self.step, self._scale).state_dict(group.rank(), group.size(), self._seed)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -468,7 +462,7 @@ class HookState:
             ValueError: The state is of another rank, world size, seed, model, or codec, or is none at all. A HookState
                 without ``module`` finds another model or codec out at its next step.
         """
-        group = self._group()
+        group = group_of(self._process_group)
         saved = Saved.check(state_dict, group.rank(), group.size(), self._seed, self._with_momentum, self._reshard)
         if saved.memory and not self._feedback:
             raise ValueError("this state has residuals, but feedback is off")
@@ -507,7 +501,7 @@ class HookState:
                 for slot in plan.exact
             ]
         return Stats(
-            world_size=self._group().size(),
+            world_size=group_of(self._process_group).size(),
             steps=self._steps,
             uncompressed_steps=self._uncompressed_steps,
             calls=self.calls,
@@ -519,4 +513,4 @@ class HookState:
         )
 
     def _alone(self) -> bool:
-        return self._group().size() == 1
+        return group_of(self._process_group).size() == 1

@@ -17,6 +17,7 @@ from smallreduce.collectives import (
     agree,
     channel_of,
     engine_for,
+    group_of,
     reduce_scatter_for,
     ring_bytes,
 )
@@ -68,7 +69,9 @@ class HookState:
     def stats(self) -> Stats:
         """What this rank has sent so far."""
         nothing = LegStats(None)
-        return Stats(self._group().size(), 1, nothing, self._leg.stats(), nothing, 0, 0, self._setup.bytes_sent)
+        return Stats(
+            group_of(self._process_group).size(), 1, nothing, self._leg.stats(), nothing, 0, 0, self._setup.bytes_sent
+        )
 
     def state_dict(self) -> dict[str, int]:
         """What the random bits of the next calls depend on: the same on all ranks."""
@@ -86,15 +89,9 @@ class HookState:
             raise ValueError(f"this state has seed {state_dict['seed']}, but this HookState has {self._leg.seed}")
         self._step = as_int(state_dict["step"], "step")
 
-    def _group(self) -> dist.ProcessGroup:
-        group = dist.group.WORLD if self._process_group is None else self._process_group
-        if group is None:
-            raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
-        return group
-
     def reduce(self, grad: Tensor, output: Tensor | None) -> None:
         """The hook itself; complete when it returns (CUDA: for the current stream)."""
-        group, leg = self._group(), self._leg
+        group, leg = group_of(self._process_group), self._leg
         shard = (grad if output is None else output).nbytes
         uncompressed = ring_bytes(shard, group.size()) if output is None else (group.size() - 1) * shard
         if group.size() == 1 or leg.is_exact(grad.dtype):

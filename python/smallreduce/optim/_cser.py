@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.codecs import Codec, as_int
-from smallreduce.collectives import Count, agree, channel_of, prepare_or_refuse, ring_bytes
+from smallreduce.collectives import Count, agree, channel_of, group_of, prepare_or_refuse, ring_bytes
 from smallreduce.collectives._agreement import Agreement
 from smallreduce.optim import _cser_state
 from smallreduce.optim._broadcast import broadcast_
@@ -107,13 +107,7 @@ class CSER(torch.optim.Optimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        group = dist.group.WORLD if process_group is None else process_group
-        if group is None:
-            raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
-        if not isinstance(group, dist.ProcessGroup):
-            if group is dist.GroupMember.NON_GROUP_MEMBER:
-                raise ValueError("this rank is not in process_group: only its ranks make the optimizer")
-            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        group = group_of(process_group)
         of_model = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
         self._device = of_model[0].device if of_model else torch.device("cpu")
         self._channel = channel_of(group, self._device) if group.size() > 1 else None

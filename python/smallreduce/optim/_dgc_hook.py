@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallreduce._layout import BLOCK
 from smallreduce.codecs import TopK
+from smallreduce.collectives import group_of
 from smallreduce.collectives._channel import Channel
 from smallreduce.ddp import HookState
 from smallreduce.ddp._bucket import BucketPlan, Part
@@ -158,7 +159,7 @@ class DGCState(HookState):
         if self._clip_norm is None:
             return
         # The paper clips a rank's share of the mean, 1/N of its own gradient, at N**-0.5 of the threshold.
-        limit = self._scale * self._clip_norm * math.sqrt(self._group().size())
+        limit = self._scale * self._clip_norm * math.sqrt(group_of(self._process_group).size())
         gradients = [buffer.narrow(0, slot.offset, slot.numel) for slot in plan.slots]
         wide = torch.promote_types(buffer.dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, wide))

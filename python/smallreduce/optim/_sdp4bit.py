@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 o
 from torch.optim import Optimizer
 
 from smallreduce.codecs import Codec
-from smallreduce.collectives import Channel, Count, TwoLevel, agree, channel_of, prepare_or_refuse, two_level
+from smallreduce.collectives import Channel, Count, TwoLevel, agree, channel_of, group_of, prepare_or_refuse, two_level
 from smallreduce.collectives._agreement import Agreement
 from smallreduce.optim import _sdp4bit_state as saved
 from smallreduce.optim._broadcast import broadcast_
@@ -130,13 +130,7 @@ class SDP4Bit(Optimizer):
         seed: int = 0,
         **optimizer_kwargs: Any,
     ) -> None:
-        group = dist.group.WORLD if process_group is None else process_group
-        if group is None:
-            raise ValueError("there is no default process group; call torch.distributed.init_process_group first")
-        if not isinstance(group, dist.ProcessGroup):
-            if group is dist.GroupMember.NON_GROUP_MEMBER:
-                raise ValueError("this rank is not in process_group: only its ranks make the optimizer")
-            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        group = group_of(process_group)
         tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         device = tensors[0].device if tensors else torch.device("cpu")
         self._group, self._rank, self._world = group, group.rank(), group.size()
