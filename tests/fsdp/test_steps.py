@@ -9,63 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 import smallreduce as sr
+from fsdp.seen import Two, shard_each
 from fsdp.training import Given
 from ranks import run
-
-
-class Seen(nn.Module):
-    """Multiplies by its weight, and notes the weight that each pass saw."""
-
-    def __init__(self, trainable: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.weight = nn.Parameter(torch.randn(64), requires_grad=trainable)
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(self.weight.detach().clone())
-        return Product.apply(x, self.weight, self.seen)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seen: list[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.seen = seen
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        ctx.seen.append(weight.clone())
-        return gradient * weight, gradient * x, None
-
-
-class Two(nn.Module):
-    """A first unit, trainable or frozen, and a second one that is trained; the second may be checkpointed."""
-
-    def __init__(self, trainable: bool, recompute: bool | None) -> None:
-        super().__init__()
-        self.first, self.second = Seen(trainable), Seen()
-        self.recompute = recompute
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.ones(64, requires_grad=True)
-        if self.recompute is None:
-            return self.second(self.first(x)).sum()
-        return self.second(checkpoint(self.first, x, use_reentrant=self.recompute)).sum()
-
-
-def _shard(model: nn.Module, **options: Any) -> nn.Module:
-    for child in model.children():
-        fully_shard(child, **options)
-    return fully_shard(model, **options)
 
 
 def _same(tensors: list[Tensor]) -> bool:
@@ -77,7 +28,7 @@ def _one_step_one_weight(rank: int, world: int) -> None:
         for recompute in (None, False, True):
             for packets in (False, True):
                 case = (trainable, recompute, packets)
-                model = _shard(Two(trainable, recompute))
+                model = shard_each(Two(trainable, recompute))
                 sr.fsdp.compress(model, "int8", "int4", keep_packets=packets)
                 steps = []
                 for _ in range(3):
@@ -95,7 +46,7 @@ def _one_step_one_weight(rank: int, world: int) -> None:
                     model.second.seen.clear()
                 # No two steps round alike, and how often the model was looked at does not matter.
                 assert not _same(steps[:2]) and not _same(steps[1:]), case
-                again = _shard(Two(trainable, recompute))
+                again = shard_each(Two(trainable, recompute))
                 sr.fsdp.compress(again, "int8", "int4", keep_packets=packets)
                 for step in range(3):
                     again(torch.ones(64)).backward()
@@ -105,7 +56,7 @@ def _one_step_one_weight(rank: int, world: int) -> None:
 
 def _two_passes_at_once(rank: int, world: int) -> None:
     for packets in (False, True):
-        model = _shard(Two(True, None))
+        model = shard_each(Two(True, None))
         sr.fsdp.compress(model, "int8", "int4", keep_packets=packets)
         losses = [model(torch.ones(64)), model(torch.ones(64))]
         for loss in losses:
@@ -116,7 +67,7 @@ def _two_passes_at_once(rank: int, world: int) -> None:
 def _other_weights_in_between(rank: int, world: int) -> None:
     gradients = []
     for packets in (False, True):
-        model = _shard(Two(True, None))
+        model = shard_each(Two(True, None))
         sr.fsdp.compress(model, "int8", "int4", keep_packets=packets)
         loss = model(torch.ones(64))
         shard = model.first.weight.to_local()

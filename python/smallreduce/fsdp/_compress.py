@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from smallreduce.codecs import codec as parse_codec
 from smallreduce.collectives import Channel, Count, agree, channel_of
 from smallreduce.collectives._agreement import refuse
 from smallreduce.collectives._levels import Levels, grain_of, node_size_of
+from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Codecs, Leg, Progress
 from smallreduce.fsdp._memory import FullMemory, LoCoMemory, Memory, Scratch
@@ -48,6 +49,7 @@ class _Config:
     feedback: str | None
     node_size: int | None
     keep_packets: bool
+    differences: bool
     beta: float
     reset_every: int
     seed: int
@@ -56,8 +58,8 @@ class _Config:
         gradients = " and ".join(map(str, self.gradients)) if isinstance(self.gradients, tuple) else self.gradients
         return (
             f"gradients {gradients}, weights {self.weights}, feedback {self.feedback}, replicas "
-            f"{self.replicas}, node_size {self.node_size}, keep_packets {self.keep_packets}, beta {self.beta}, "
-            f"reset_every {self.reset_every}, seed {self.seed}"
+            f"{self.replicas}, node_size {self.node_size}, keep_packets {self.keep_packets}, differences "
+            f"{self.differences}, beta {self.beta}, reset_every {self.reset_every}, seed {self.seed}"
         )
 
 
@@ -69,6 +71,7 @@ def compress(
     *,
     node_size: int | None = None,
     keep_packets: bool = False,
+    differences: bool = False,
     replicate_group: dist.ProcessGroup | DeviceMesh | None = None,
     replicate_gradients: Spelling = None,
     beta: float = 0.8,
@@ -88,9 +91,7 @@ def compress(
 
     Weights are encoded in the dtype in which they are gathered (``MixedPrecisionPolicy.param_dtype``), and all ranks
     compute with the same decoded bits, the owner too; its own fp32 shard, which the optimizer updates, stays exact. The
-    forward and backward passes of a step see the same decoded weights. Differences of weights, of which four bits
-    lose less, need the unsharded weights of the step before, which FSDP2 gives up in every step, also with
-    ``reshard_after_forward=False``: for these use :class:`smallreduce.optim.SDP4Bit`.
+    forward and backward passes of a step see the same decoded weights.
 
     Gradients are reduced as torch asks (a mean, or a sum that it divides itself), in fp32, into ``reduce_dtype``.
 
@@ -110,6 +111,11 @@ def compress(
         keep_packets: Keep the packets of the weights from the forward pass, and decode them again in the backward pass
             instead of gathering twice: half of what weights send, for 1.016 bytes (``int8``) of each unsharded element
             on every rank. Without effect where ``reshard_after_forward=False`` keeps the weights themselves.
+        differences: Keep the unsharded weights, in the dtype in which they are gathered, on every rank, and send what a
+            rank's own have changed by: four bits lose less of that than of the weights (SDP4Bit, arXiv:2410.15526,
+            Algorithm 2), and what they lose is in the next difference. Weights then travel once in a step; the first,
+            exactly; frozen ones, never again. Rounding left open is to nearest. Without the Hadamard transform. A
+            backward pass sees the weights of the latest forward pass, and raises where they have changed since.
         replicate_group: The ranks that hold the same shard of other replicas of the model (HSDP): a process group or a
             one-dimensional mesh; ``fully_shard`` gets the one-dimensional mesh of the shards. Gradients are then
             averaged over the replicas too, each time that they are reduced.
@@ -140,8 +146,8 @@ def compress(
                 "mesh['replicate'].get_group()"
             )
         return _check(
-            buckets, gradients, weights, feedback, node_size, keep_packets, replicate_gradients, replicas, beta,
-            reset_every, seed,
+            buckets, gradients, weights, feedback, node_size, keep_packets, differences, replicate_gradients, replicas,
+            beta, reset_every, seed,
         )  # fmt: skip
 
     config = _together({**shards, **_channels(buckets, [replicas] * len(buckets))}, check, str, setup)
@@ -202,6 +208,7 @@ def _check(
     feedback: str | None,
     node_size: int | None,
     keep_packets: bool,
+    differences: bool,
     replicate_gradients: Spelling,
     replicas: dist.ProcessGroup | None,
     beta: float,
@@ -236,10 +243,18 @@ def _check(
     of_weights = _packets(weights, "weights")
     if of_weights is not None and not isinstance(of_weights, (IntQuant, Cast)):
         raise ValueError(f"weights must be in IntQuant or Cast, which keep all of them, got {of_weights}")
-    if not isinstance(keep_packets, bool):
-        raise TypeError(f"keep_packets must be a bool, got {type(keep_packets).__name__}")
-    if keep_packets and of_weights is None:
-        raise ValueError("keep_packets keeps the packets of compressed weights, and weights is None")
+    for name, flag in (("keep_packets", keep_packets), ("differences", differences)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+        if flag and of_weights is None:
+            raise ValueError(f"{name} is for compressed weights, and weights is None")
+    if differences and of_weights is not None:
+        if keep_packets:
+            raise ValueError("differences keep the weights themselves: give keep_packets or differences, not both")
+        if of_weights.format.hadamard:
+            raise ValueError(f"differences take a codec without the Hadamard transform, got {of_weights}")
+        # What a difference loses is in the next one, as with error feedback.
+        of_weights = of_weights.with_feedback()
     between = _packets(replicate_gradients, "replicate_gradients")
     _unbiased(between, "replicate_gradients")
     if between is not None and replicas is None:
@@ -267,7 +282,9 @@ def _check(
         if len(sizes) > 1:
             raise ValueError(f"all modules must have as many ranks in a node for two levels, got {sorted(sizes)}")
         size = sizes.pop()
-    return _Config(codecs, of_weights, between, feedback, size, keep_packets, float(beta), reset_every, seed)
+    return _Config(
+        codecs, of_weights, between, feedback, size, keep_packets, differences, float(beta), reset_every, seed
+    )
 
 
 def _unbiased(codec: PacketCodec | None, name: str) -> None:
@@ -299,6 +316,7 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
     weights, gradients, between = legs
     progress: dict[str, Progress] = {}
     scatters: list[GradientScatter] = []
+    gathers: list[WeightGather | DifferenceGather] = []
     memory_for = _memories(config)
     anything = config.gradients is not None or config.weights is not None
     for bucket in buckets:
@@ -309,15 +327,20 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
         if anything:
             scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for)
             scatters.append(scatter)
-            gather = WeightGather(
-                bucket, weights, functools.partial(_step_of, bucket, progress), config.node_size, config.keep_packets
+            gather = (
+                DifferenceGather(bucket, weights, steps, config.node_size)
+                if config.differences
+                else WeightGather(
+                    bucket, weights, partial(_step_of, bucket, progress), config.node_size, config.keep_packets
+                )
             )
+            gathers.append(gather)
             bucket.module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
             bucket.module.set_custom_all_gather(gather)  # type: ignore[arg-type]
         if replicas is not None:
             bucket.module.set_all_reduce_hook(ReplicaReduce(bucket, between, steps, replicas))
     place = Place(world_size, replica_count, replica * world_size + shard_rank)
-    state = State(place, weights, gradients, between, progress, scatters, config.feedback, config.seed, setup)
+    state = State(place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup)
     if config.feedback is not None and place.row == 0 and world_size > 1:
         _warn_of_memory(config, state, scatters)
     return state

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.codecs import PacketCodec
-from smallreduce.collectives import AllGather, all_gather_for, channel_of
+from smallreduce.collectives import AllGather, Channel, all_gather_for, channel_of
+from smallreduce.collectives._engine import Segments
 from smallreduce.collectives._levels import Levels
 from smallreduce.fsdp._leg import Gathering, Leg, borrow
 from smallreduce.fsdp._torch_groups import Bucket
 
-__all__ = ["WeightGather"]
+__all__ = ["WeightGather", "borrow_engine", "check_group"]
 
 
 class WeightGather:
@@ -43,6 +44,11 @@ class WeightGather:
         self._stock = bucket.all_gather
         self._segments = bucket.segments()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the packets that are kept."""
+        return 0 if self._kept is None else self._kept.nbytes
+
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         tensor: Tensor = self._stock.allocate(size, dtype=dtype, device=device)
         return tensor
@@ -65,30 +71,20 @@ class WeightGather:
         if leg.is_exact(dtype):
             leg.count(uncompressed)
             return self._stock(output_tensor, input_tensor, group, async_op)
-        if group.size() != self._bucket.shard_group.size():
-            raise RuntimeError(
-                f"{self._bucket.label} gathers over {group.size()} ranks, but is sharded over "
-                f"{self._bucket.shard_group.size()}: compressed weights bear no int in reshard_after_forward"
-            )
-        assert isinstance(leg.codec, PacketCodec)
+        check_group(self._bucket, group)
         weights = (step, self._bucket.version) if self._keep_packets else None
         if self._kept is not None and in_backward and self._kept_of == weights:
             self._kept.decode(output_tensor)
             leg.count(uncompressed, 0)
             return None
-        codec, segments = leg.codec, self._segments
         channel = channel_of(group, output_tensor.device)
-        route = channel if self._node_size is None else Levels(channel, self._node_size)
-
-        def make() -> AllGather:
-            return all_gather_for(segments, numel, codec, dtype, route)
-
+        form = leg, self._segments, numel, dtype, channel, self._node_size
         give_back: Callable[[], None] | None = None
         if self._keep_packets and self._bucket.reshards_after_forward:
-            engine = self._kept = self._kept or make()
+            engine = self._kept = self._kept or gather_engine(*form)
             self._kept_of = weights
         else:
-            engine, give_back = borrow(channel, ("fsdp.gather", segments, codec, dtype, self._node_size), make)
+            engine, give_back = borrow_engine(*form)
         work = engine.launch(output_tensor, input_tensor, leg.seed, 3 * self._bucket.number, step, after=give_back)
         leg.count(uncompressed, engine.bytes_sent)
         if not async_op and output_tensor.is_cuda:
@@ -96,3 +92,29 @@ class WeightGather:
             work.wait()
             return None
         return Gathering(work)
+
+
+def check_group(bucket: Bucket, group: dist.ProcessGroup) -> None:
+    """Raises RuntimeError unless it is the group that the module is sharded over."""
+    if group.size() != bucket.shard_group.size():
+        raise RuntimeError(
+            f"{bucket.label} gathers over {group.size()} ranks, but is sharded over {bucket.shard_group.size()}: "
+            "compressed weights bear no int in reshard_after_forward"
+        )
+
+
+def gather_engine(
+    leg: Leg, segments: Segments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
+) -> AllGather:
+    """The engine for a module's weights, on one level or, with ``node_size``, on two."""
+    assert isinstance(leg.codec, PacketCodec)
+    route = channel if node_size is None else Levels(channel, node_size)
+    return all_gather_for(segments, numel, leg.codec, dtype, route)
+
+
+def borrow_engine(
+    leg: Leg, segments: Segments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
+) -> tuple[AllGather, Callable[[], None]]:
+    """One that is idle, and what gives it back."""
+    key = ("fsdp.gather", segments, leg.codec, dtype, node_size)
+    return borrow(channel, key, lambda: gather_engine(leg, segments, numel, dtype, channel, node_size))

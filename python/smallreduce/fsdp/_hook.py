@@ -70,7 +70,15 @@ class HookState:
         """What this rank has sent so far."""
         nothing = LegStats(None)
         return Stats(
-            group_of(self._process_group).size(), 1, nothing, self._leg.stats(), nothing, 0, 0, self._setup.bytes_sent
+            group_of(self._process_group).size(),
+            1,
+            nothing,
+            self._leg.stats(),
+            nothing,
+            0,
+            0,
+            0,
+            self._setup.bytes_sent,
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from smallreduce._flat_shard import FlatShard
 from smallreduce.codecs import as_int
 from smallreduce.collectives import Count
+from smallreduce.fsdp._difference_gather import DifferenceGather
+from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Leg, Progress
 from smallreduce.fsdp._memory import Memory
 from smallreduce.fsdp._resharding import Place, overlaps
@@ -25,8 +27,9 @@ _FORMAT = 1
 class State:
     """What :func:`smallreduce.fsdp.compress` returns; one for each model, for as long as the model lives.
 
-    It holds what the model needs to continue where it was: the residuals of error feedback, if any, and how often each
-    module has reduced its gradients, on which the random bits depend.
+    It holds what the model needs to continue where it was: the residuals of error feedback and the weights that
+    differences are taken from, if any, and how often each module has reduced its gradients, on which the random bits
+    depend.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class State:
         replicas: Leg,
         progress: Mapping[str, Progress],
         scatters: list[GradientScatter],
+        gathers: Sequence[WeightGather | DifferenceGather],
         feedback: str | None,
         seed: int,
         setup: Count,
@@ -45,6 +49,7 @@ class State:
         self._weights, self._gradients, self._replicas = weights, gradients, replicas
         self._progress = dict(progress)
         self._scatters = scatters
+        self._gathers = gathers
         self._feedback = feedback
         self._seed = seed
         self._setup = setup
@@ -61,6 +66,11 @@ class State:
     def _memories(self) -> list[Memory]:
         return [scatter.memory for scatter in self._scatters if scatter.memory is not None]
 
+    @property
+    def _references(self) -> dict[str, DifferenceGather]:
+        """By the name of the module, as its progress."""
+        return {gather.bucket.name: gather for gather in self._gathers if isinstance(gather, DifferenceGather)}
+
     def _stored(self) -> dict[str, Tensor]:
         return {name: tensor for memory in self._memories for name, tensor in memory.stored().items()}
 
@@ -74,6 +84,7 @@ class State:
             between_replicas=self._replicas.stats(),
             partial_reductions=sum(scatter.partial for scatter in self._scatters),
             residual_nbytes=sum(memory.nbytes for memory in self._memories),
+            kept_nbytes=sum(gather.nbytes for gather in self._gathers),
             setup_bytes_sent=self._setup.bytes_sent,
         )
 
@@ -95,6 +106,13 @@ class State:
             "feedback": self._feedback,
             "steps": {name: [progress.step, progress.between] for name, progress in self._progress.items()},
             "residuals": {name: tensor.to("cpu", copy=True) for name, tensor in self._stored().items()},
+            "differences": {
+                name: [each.number, each.step, each.is_current(each.bucket.part())]
+                for name, each in self._references.items()
+            },
+            "references": {
+                name: shard.cpu() for each in self._references.values() for name, shard in each.stored().items()
+            },
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -117,11 +135,23 @@ class State:
         for key, own in (("seed", self._seed), ("feedback", self._feedback)):
             if state_dict.get(key) != own:
                 raise ValueError(f"this state has {key} {state_dict.get(key)!r}, but this model has {own!r}")
-        self._load(state_dict["steps"], state_dict["residuals"])
+        self._load(*(state_dict[key] for key in ("steps", "residuals", "differences", "references")))
 
-    def _load(self, steps: Mapping[str, Any], residuals: Mapping[str, Tensor]) -> None:
+    def _load(
+        self,
+        steps: Mapping[str, Any],
+        residuals: Mapping[str, Tensor],
+        differences: Mapping[str, Any],
+        references: Mapping[str, Tensor],
+    ) -> None:
         shapes = self._shapes(self._place.world_size)
-        for what, given, expected in (("modules", steps, self._progress), ("residuals", residuals, shapes)):
+        own = {name: shard for each in self._references.values() for name, shard in each.stored().items()}
+        for what, given, expected in (
+            ("modules", steps, self._progress),
+            ("residuals", residuals, shapes),
+            ("modules whose differences travel", differences, self._references),
+            ("weights that all ranks have", references, own),
+        ):
             if given.keys() != expected.keys():
                 differ = sorted(given.keys() ^ expected.keys())
                 raise ValueError(f"the state is of a model with other {what}: {', '.join(map(repr, differ[:5]))}")
@@ -132,11 +162,22 @@ class State:
                     f"the residual of {name} must be {numel} elements of {dtype}, got shape {tuple(tensor.shape)} of "
                     f"{tensor.dtype}"
                 )
+        for name, shard in own.items():
+            tensor = references[name]
+            if tensor.dtype != shard.dtype or tensor.shape != shard.shape:
+                raise ValueError(
+                    f"of the weights that all ranks have of {name} this rank's must be of shape {tuple(shard.shape)} "
+                    f"and {shard.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
         for name, (step, between) in steps.items():
             self._progress[name].step = as_int(step, f"the step of {name}")
             self._progress[name].between = as_int(between, f"the step of {name} between replicas")
         for memory in self._memories:
             memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
+        for name, (number, step, is_current) in differences.items():
+            at = None if step is None or step < 0 else as_int(step, f"the step of the weights of {name}")
+            number = as_int(number, f"the differences of {name}")
+            self._references[name].restore(references, number, at, bool(is_current))
 
     def _shapes(self, world_size: int) -> dict[str, tuple[torch.dtype, int]]:
         """dtype and elements of each stored residual, on each of ``world_size`` ranks of a shard group."""
@@ -164,7 +205,9 @@ class State:
         Returns:
             ``"ranks"``: int64, ranks of a shard group and replicas; ``"steps"``: int64, two for each module;
             ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
-            its own, or, for loading what others saved, those that it takes over.
+            its own, or, for loading what others saved, those that it takes over; ``"differences"`` and
+            ``"references"``: how many differences of weights each module has sent, and of which weights, sharded as
+            the parameters are.
 
         Raises:
             ValueError: ``saved_on`` is no number of ranks.
@@ -182,6 +225,18 @@ class State:
             "ranks": torch.tensor([old.world_size, old.replicas]),
             "steps": {name or ".": torch.tensor([p.step, p.between]) for name, p in self._progress.items()},
             "residuals": residuals,
+            "differences": {
+                name or ".": torch.tensor(
+                    [each.number, -1 if each.step is None else each.step, each.is_current_everywhere()]
+                )
+                for name, each in self._references.items()
+            },
+            "references": {
+                slot.name: slot.sharded(shards[slot.name])
+                for each in self._references.values()
+                for shards in [each.stored()]
+                for slot in each.bucket.slots
+            },
         }
 
     def load_sharded_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -215,8 +270,12 @@ class State:
                 for row, weight in zip(rows.chunk(len(weights)), weights.values(), strict=True):
                     mean += memory.owed(slot.name, row.cpu(), old.world_size).double() * weight
                 residuals[slot.name] = memory.store(slot.name, mean.float())
-        steps = {"" if name == "." else name: step.tolist() for name, step in state_dict["steps"].items()}
-        self._load(steps, residuals)
+        steps, differences = (
+            {"" if name == "." else name: numbers.tolist() for name, numbers in state_dict[key].items()}
+            for key in ("steps", "differences")
+        )
+        references = {name: shard.to_local() for name, shard in state_dict["references"].items()}
+        self._load(steps, residuals, differences, references)
 
 
 def _product(ranks: list[int]) -> str:

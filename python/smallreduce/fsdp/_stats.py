@@ -43,6 +43,7 @@ class Stats:
         partial_reductions: Reductions in which some trainable parameters of the module had no gradient. torch does not
             tell which, so groups restart at none of the others, and what feedback owes stays owed until the next.
         residual_nbytes: Of the residuals of this rank.
+        kept_nbytes: Of what this rank keeps of the weights from one pass to another, packets or references.
         setup_bytes_sent: Payload of comparing the configuration over the ranks.
     """
 
@@ -53,6 +54,7 @@ class Stats:
     between_replicas: LegStats
     partial_reductions: int
     residual_nbytes: int
+    kept_nbytes: int
     setup_bytes_sent: int
 
     @property
@@ -82,7 +84,8 @@ class Stats:
     def __str__(self) -> str:
         lines = [
             f"{self.world_size} ranks, {self.replicas} replicas: {self.bytes_sent} bytes sent in {self.collectives} "
-            f"collectives, wire ratio {self.wire_ratio:.2f}; {self.residual_nbytes} bytes of residuals"
+            f"collectives, wire ratio {self.wire_ratio:.2f}; {self.residual_nbytes} bytes of residuals, "
+            f"{self.kept_nbytes} of weights kept"
         ]
         if self.world_size == 1:
             lines.append("shard group of one rank: torch gathers and scatters nothing, so nothing is compressed")

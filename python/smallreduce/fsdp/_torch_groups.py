@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Bucket", "Slot", "buckets_of"]
+__all__ = ["Bucket", "Slot", "Version", "buckets_of"]
+
+Version = tuple[tuple[int, int, int], ...]
+"""Of the weights of a bucket on this rank."""
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -38,6 +41,16 @@ class Slot:
     dim: int
     shard_shape: torch.Size
     _torch: Any
+
+    def shard(self, part: Tensor) -> Tensor:
+        """Of this parameter's elements in a rank's part: a view of this rank's own shard, without padding."""
+        own: torch.Size = self._torch.sharded_size
+        return part.view(self.shard_shape).narrow(0, 0, own[0])
+
+    def sharded(self, shard: Tensor) -> Tensor:
+        """The DTensor that is sharded as the parameter is, and of which this rank has ``shard``."""
+        dtensor: Tensor = self._torch.to_sharded_dtensor(shard)
+        return dtensor
 
     @property
     def trainable(self) -> bool:
@@ -139,11 +152,23 @@ class Bucket:
     def reshards_after_forward(self) -> bool:
         return bool(self._group._reshard_after_forward)
 
+    def part(self) -> Tensor:
+        """This rank's weights as they are gathered, where they may be compressed."""
+        parameters = self._group.fsdp_params
+        shards = [p._sharded_param_data.detach().to(self.device, self._dtype_of(p)) for p in parameters]
+        return torch.cat(shards)
+
     @property
-    def version(self) -> tuple[tuple[int, int], ...]:
-        """Of this rank's shards of the weights: another one once they have changed."""
-        shards = [parameter.sharded_param.to_local() for parameter in self._group.fsdp_params]
-        return tuple((shard.data_ptr(), shard._version) for shard in shards)
+    def version(self) -> Version:
+        """Of this rank's shards of the weights: another one once they have changed, but for what torch does not count,
+        as foreach functions on DTensors."""
+        # What is done to a DTensor counts there alone, and what is done to the shard itself, there.
+        parameters = [parameter.sharded_param for parameter in self._group.fsdp_params]
+        shards = [parameter.to_local() for parameter in parameters]
+        return tuple(
+            (shard.data_ptr(), shard._version, parameter._version)
+            for shard, parameter in zip(shards, parameters, strict=True)
+        )
 
     def segments(self, trainable: bool = False) -> tuple[tuple[int, int], ...]:
         """``(offset, length)`` of all parameters, or of those that get gradients, in a rank's part."""
@@ -189,7 +214,7 @@ class Bucket:
                 "reshards to a smaller mesh after forward (reshard_after_forward is an int), whose shards would be "
                 "compressed twice: give True or False"
             )
-        dtypes = {self._gathered_dtype(p) for p in group.fsdp_params}
+        dtypes = {self._dtype_of(p) for p in group.fsdp_params}
         if len(dtypes) > 1:
             return (
                 f"gathers {', '.join(sorted(map(str, dtypes)))} together, which travel as bytes: shard the parameters "
@@ -197,7 +222,7 @@ class Bucket:
             )
         return None
 
-    def _gathered_dtype(self, parameter: Any) -> torch.dtype:
+    def _dtype_of(self, parameter: Any) -> torch.dtype:
         own: torch.dtype = parameter.sharded_param.dtype
         chosen: torch.dtype | None = self._group.mp_policy.param_dtype
         return own if chosen is None or not own.is_floating_point else chosen
