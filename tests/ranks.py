@@ -12,6 +12,7 @@ with every rank's traceback; one that hangs is killed after ``timeout`` seconds.
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import multiprocessing
 import os
@@ -50,7 +51,7 @@ class RanksFailed(AssertionError):
 
 def _picklable(error: BaseException) -> BaseException:
     # Only the type and the text cross over: an exception may hold what cannot be pickled.
-    kind = type(error) if type(error).__module__ == "builtins" else RuntimeError
+    kind = type(error) if getattr(builtins, type(error).__name__, None) is type(error) else RuntimeError
     return kind(str(error))
 
 

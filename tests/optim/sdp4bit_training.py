@@ -30,7 +30,7 @@ class Net(nn.Module):
         super().__init__()
         self.checkpointed = checkpointed
         self.embedding = nn.Linear(23, 9, bias=False)
-        self.convolution = nn.Conv2d(1, 3, (2, 3)).to(memory_format=torch.channels_last)
+        self.convolution = nn.Conv2d(3, 3, (2, 1)).to(memory_format=torch.channels_last)
         self.frozen = nn.Linear(24, 31).requires_grad_(False)
         self.middle = nn.Sequential(nn.Linear(31, 41), nn.LayerNorm(41), nn.Tanh(), nn.Linear(41, 9))
         self.tied = nn.Linear(23, 9, bias=False)
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embedding(x)
-        h = self.convolution(h.view(-1, 1, 3, 3)).flatten(1)
+        h = self.convolution(h.view(-1, 3, 3, 1)).flatten(1)
         h = self.frozen(torch.cat([h] * 4, 1))
         h = checkpoint(self.middle, h, use_reentrant=False) if self.checkpointed else self.middle(h)
         return nn.functional.linear(h + self.offset, self.tied.weight.t()) * self.scale

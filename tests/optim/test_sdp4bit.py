@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -153,6 +154,30 @@ def _memory(rank: int, world: int) -> None:
 
 def test_memory() -> None:
     run(_memory, 2)
+
+
+def _shared_memory(rank: int, world: int) -> None:
+    # A bucket each, all of other sizes, and one in use at a time.
+    widths = (40, 64, 24, 80, 48, 16, 56)
+    layers = [nn.Linear(n, m, bias=False) for n, m in pairwise(widths)]
+    for options, padded in (({}, True), (EXACT, False), ({"start_step": 2}, True)):
+        model = nn.Sequential(*layers)
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, bucket_cap_mb=1e-5, node_size=1, **options)
+        buckets = optimizer._buckets
+        assert len(buckets) == len(layers)
+        for _ in range(4):
+            model(torch.ones(1, widths[0])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sizes = [bucket.weights.numel() if padded else bucket.numel for bucket in buckets]
+        # Exact ones of the CPU become the reduced gradients, whole, so all are in use.
+        expected = 4 * (max(sizes) if padded else sum(sizes))
+        assert optimizer.memory().gradients == expected, (options, sizes)
+        del optimizer
+
+
+def test_buckets_share_the_memory_of_gradients() -> None:
+    run(_shared_memory, 2)
 
 
 def _one_rank(rank: int, world: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import smallreduce as sr
 from optim.sdp4bit_training import EXACT, Case, batch, loss_of, net, sdp4bit
@@ -27,7 +28,9 @@ def _refuses(rank: int, world: int) -> None:
         ({"differences": 1}, TypeError, "differences must be a bool"),
         ({"start_step": -1}, ValueError, "start_step"),
         ({"master_dtype": torch.bfloat16}, ValueError, "hold all values"),
-        ({"master_dtype": torch.float64}, ValueError, "need a master"),
+        ({"master_dtype": torch.float64, "gradients": None}, ValueError, "need a master"),
+        ({"master_dtype": torch.float64, "weights": None}, TypeError, "codecs take gradients of"),
+        ({"node_size": 3, "gradients": "int4"}, ValueError, "must divide the group's 2 ranks"),
         ({"bucket_cap_mb": 0}, ValueError, "bucket_cap_mb"),
         ({"seed": 0.5}, TypeError, "seed"),
         ({"scaler": 3}, TypeError, "GradScaler"),
@@ -41,7 +44,19 @@ def _refuses(rank: int, world: int) -> None:
         with pytest.raises(kind, match=message):
             sr.optim.SDP4Bit(net(), torch.optim.SGD, **options)
     for model, optimizer, kind, message in (
-        (nn.parallel.DistributedDataParallel(net()), torch.optim.SGD, TypeError, "its .module"),
+        (
+            nn.parallel.DistributedDataParallel(net()),
+            torch.optim.SGD,
+            TypeError,
+            "as the model is",
+        ),
+        (nn.Sequential(fully_shard(nn.Linear(4, 4))), torch.optim.SGD, TypeError, "in FSDPModule, as 0 is"),
+        (
+            nn.Sequential(FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))),
+            torch.optim.SGD,
+            TypeError,
+            "in FullyShardedDataParallel, as 0 is",
+        ),
         (3, torch.optim.SGD, TypeError, "nn.Module"),
         (net().requires_grad_(False), torch.optim.SGD, ValueError, "requires a gradient"),
         (net(), torch.optim.LBFGS, TypeError, "by itself"),
@@ -55,6 +70,9 @@ def _refuses(rank: int, world: int) -> None:
         sdp4bit(Case(), net(), node_size=1, start_step=-rank)
     with pytest.raises(RuntimeError, match="do not agree"):
         sdp4bit(Case(), net(), node_size=1, seed=rank)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if rank else None
+    with pytest.raises(RuntimeError, match="no scaler"):
+        sr.optim.SDP4Bit(net(), torch.optim.SGD, lr=0.1, scaler=scaler, node_size=1)
     with pytest.raises(RuntimeError, match="lr"):
         sr.optim.SDP4Bit(net(), torch.optim.SGD, lr=0.1 + rank, **EXACT)
 
@@ -65,7 +83,9 @@ def _refuses(rank: int, world: int) -> None:
             refused(optimizer)
     with pytest.raises(ValueError, match="at construction"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    optimizer.step()  # without any gradient it does nothing
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match="without any gradient on this rank"):
+            call()
     assert optimizer.stats().steps == 0
     with optimizer.no_sync():
         loss_of(model, batch(rank, 0)).backward()
@@ -83,18 +103,51 @@ def _refuses(rank: int, world: int) -> None:
     with pytest.raises(RuntimeError, match="twice"):
         (sum(twice) * model.scale).backward()
     optimizer.zero_grad()
+    # The same where its bucket is on its way already.
+    body, head = nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False)
+    both = sr.optim.SDP4Bit(
+        nn.Sequential(body, head), torch.optim.SGD, lr=0.1, bucket_cap_mb=1e-5, gradients="int8", node_size=1
+    )
+    assert len(both._buckets) == 2
+    x = torch.randn(2, 8, requires_grad=True)
+    again = x
+    for _ in range(2):
+        again = torch.utils.checkpoint.checkpoint(body, again, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        head(again).sum().backward()
+    both.zero_grad()
     embedding = nn.Embedding(4, 8, sparse=True)
     of_embedding = sr.optim.SDP4Bit(embedding, torch.optim.SGD, lr=0.1, **EXACT)
     with pytest.raises(TypeError, match="dense"):
         embedding(torch.tensor([1])).sum().backward()
     of_embedding.zero_grad()
-    model.double()
+    loss_of(model, batch(rank, 0)).backward()
+    other = net()
+    model.load_state_dict(other.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="no longer where"):
+        optimizer.step()
+    optimizer = sdp4bit(Case(), other, node_size=1)
+    loss_of(other, batch(rank, 0)).backward()
+    other.double()
     with pytest.raises(RuntimeError, match="no longer where"):
         optimizer.step()
 
 
 def test_what_is_refused_is_refused_on_all_ranks() -> None:
     run(_refuses, 2)
+
+
+def _without_a_pass(rank: int, world: int) -> None:
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, **EXACT)
+    (other if rank else model)(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_a_rank_that_reduces_nothing_raises() -> None:
+    results = outcomes(_without_a_pass, 2, keep=False, group_timeout=2)
+    assert "without any gradient on this rank" in results[1].traceback
+    assert results[0].error is not None
 
 
 def _uneven(rank: int, world: int) -> None:

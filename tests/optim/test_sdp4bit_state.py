@@ -18,6 +18,7 @@ from optim.sdp4bit_training import EXACT, Case, net, sdp4bit, train
 from ranks import run
 from smallreduce._flat_shard import FlatShard
 
+FRESH = ("format", "seed", "compressed", "strides", "master", "param_groups")
 HADAMARD = {"weights": "int4-hadamard"}  # whose gaps would not stay zero by themselves
 
 CASES: dict[str, tuple[Case, dict[str, Any]]] = {
@@ -110,12 +111,20 @@ def _refuses(rank: int, world: int) -> None:
     for wrong, kind in (({}, ValueError), (3, TypeError), ({**optimizer.checkpoint(), "param_groups": ()}, ValueError)):
         with pytest.raises(kind, match="checkpoint"):
             optimizer.load_checkpoint(wrong)  # type: ignore[arg-type]
+    # The order of elements in memory is that of the model that was saved.
+    other = net(torch.bfloat16)
+    other.convolution.to(memory_format=torch.contiguous_format)
+    contiguous = sdp4bit(case, other, node_size=1)
+    with pytest.raises(ValueError, match=r"convolution.weight lie in memory with strides .*memory format"):
+        contiguous.load_checkpoint(state)
     _advance(case, model, optimizer, rank, range(2, 4))
     assert same_on_all_ranks(list(model.parameters()))
     # Of compressed weights the master is another than the weights, for which there must be room.
     model, other = net(), net()
     optimizer, exact = sdp4bit(Case(), model, node_size=1), sdp4bit(Case(), other, **EXACT)
     _advance(Case(), model, optimizer, rank, range(1))
+    # Where the master is a part of the weights, it is saved without the rest.
+    assert all(m.untyped_storage().nbytes() == m.nbytes for m in exact.state_dict()["sdp4bit"]["master"])
     weights = [p.detach().clone() for p in other.parameters()]
     with pytest.raises(ValueError, match="of compressed weights"):
         exact.load_state_dict(optimizer.state_dict())
@@ -123,7 +132,7 @@ def _refuses(rank: int, world: int) -> None:
         exact.load_checkpoint(optimizer.checkpoint())
     assert equal(list(other.parameters()), weights)
     # A checkpoint of no steps leaves nothing of those that were done.
-    fresh = {key: optimizer.checkpoint()[key] for key in ("format", "seed", "compressed", "master", "param_groups")}
+    fresh = {key: optimizer.checkpoint()[key] for key in FRESH}
     optimizer.load_checkpoint({**fresh, "steps": 0, "passes": 0, "state": {}})
     assert not optimizer.state
     assert optimizer._steps == 0

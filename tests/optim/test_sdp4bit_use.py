@@ -132,12 +132,12 @@ def test_parameters_without_a_gradient() -> None:
     run(_unused, 2)
 
 
-def _scaler(rank: int, world: int) -> None:
+def _scaler(rank: int, world: int, node_size: int) -> None:
     # The one-element model leaves the last rank without any slice.
     for model in (net(), nn.Linear(1, 1, bias=False)):
         size = 23 if hasattr(model, "middle") else 1
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, scaler=scaler, node_size=1)
+        optimizer = sr.optim.SDP4Bit(model, torch.optim.SGD, lr=0.1, scaler=scaler, node_size=node_size)
         before = [p.detach().clone() for p in model.parameters()]
         for step, bad in enumerate([rank == 1, False, rank == 0]):
             x = torch.full((2, size), math.inf if bad else 1.0)
@@ -160,8 +160,9 @@ def _scaler(rank: int, world: int) -> None:
         unknown.step(optimizer)
 
 
-def test_a_gradient_scaler_decides_alike_on_all_ranks() -> None:
-    run(_scaler, 2)
+@pytest.mark.parametrize(("world", "node_size"), [(2, 1), (4, 2)])
+def test_a_gradient_scaler_decides_alike_on_all_ranks(world: int, node_size: int) -> None:
+    run(_scaler, world, node_size)
 
 
 def _norms(rank: int, world: int) -> None:
@@ -297,6 +298,38 @@ def _lifetimes(rank: int, world: int) -> None:
         optimizer.step()
 
 
+def _collected_on_a_channel_thread(rank: int, world: int) -> None:
+    # The garbage collector may end an optimizer on the very thread that its last weights arrive on.
+    decode_add, held, weights = ops.decode_add, [], []
+
+    def collecting(*args: Any, **kwargs: Any) -> None:
+        held.clear()
+        decode_add(*args, **kwargs)
+
+    for collected in (True, False):
+        model = net()
+        optimizer = sdp4bit(Case(), model, node_size=1)
+        loss_of(model, batch(rank, 0)).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            if collected:
+                held.append(optimizer)
+                patch.setattr(ops, "decode_add", collecting)
+            optimizer.step()
+            if collected:
+                del optimizer
+            loss_of(model, batch(rank, 1)).backward()
+        if collected:
+            assert not held and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        else:
+            optimizer.synchronize()
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert equal(*weights)
+    x = torch.ones(5)
+    sr.all_reduce(x, "int8")  # the threads are alive
+    sdp4bit(Case(), model := net(), node_size=1)
+    assert same_on_all_ranks(list(model.parameters()))
+
+
 def _failed_gather(rank: int, world: int) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no decoding today")
@@ -370,6 +403,13 @@ def _use(rank: int, world: int) -> None:
     with pytest.warns(UserWarning, match="gradients of an earlier step"):
         optimizer.step()
     optimizer.zero_grad()
+    # What was put in the place of a gradient goes with it, set to zero or not.
+    model(torch.ones(1, 64)).sum().backward()
+    for one in optimizer._buckets[0].slices:
+        one.tensor.grad = one.tensor.grad * 2
+    optimizer.zero_grad(set_to_none=False)
+    model(torch.ones(1, 64)).sum().backward()
+    assert all(torch.equal(s.tensor.grad, torch.ones_like(s.tensor)) for s in optimizer._buckets[0].slices)
     for norm_type in (0.0, -1.0):
         with pytest.raises(ValueError, match="norm_type"):
             optimizer.clip_grad_norm_(1.0, norm_type)
@@ -386,7 +426,9 @@ def _use(rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [_shared_buffers, _late, _lifetimes, _failed_gather, _start_step, _graphs, _use], ids=lambda f: f.__name__
+    "check",
+    [_shared_buffers, _late, _lifetimes, _collected_on_a_channel_thread, _failed_gather, _start_step, _graphs, _use],
+    ids=lambda f: f.__name__,
 )
 def test_corners(check: Any) -> None:
     run(check, 2)

@@ -148,8 +148,8 @@ class SDP4Bit(Optimizer):
             self._scheme = Scheme.parse(
                 weights, differences, gradients, node_size, start_step, master_dtype, bucket_cap_mb, overlap, seed
             )
-            if self._channel is None and node_size not in (None, 1):
-                raise ValueError(f"node_size must divide the group's 1 rank, got {node_size}")
+            if node_size is not None and self._world % node_size:
+                raise ValueError(f"node_size must divide the group's {self._world} ranks, got {node_size}")
             self._groups = parameter_groups(model, params)
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             group_of = {id(p): number for number, (_, members) in enumerate(self._groups) for p in members}
@@ -158,11 +158,13 @@ class SDP4Bit(Optimizer):
             for member in members:
                 check_free(member.name, member.parameter)
                 self._scheme.check_dtype(member.parameter.dtype)
-            # What it would say of its arguments it says before anything is changed.
-            probe = [
-                {**options, "params": [nn.Parameter(torch.zeros(1, device=device))]} for options, _ in self._groups
-            ]
-            optimizer_class(probe, **optimizer_kwargs)
+            # What it would say of its arguments it says before anything is changed; a rank may have nothing of a group.
+            for count in (1, 0):
+                probe = [
+                    {**options, "params": [nn.Parameter(torch.zeros(1, device=device)) for _ in range(count)]}
+                    for options, _ in self._groups
+                ]
+                optimizer_class(probe, **optimizer_kwargs)
             return members
 
         members = prepare_or_refuse(self._channel, prepare)
@@ -202,8 +204,8 @@ class SDP4Bit(Optimizer):
         lines += [f"{name}: {tuple(b.shape)} of {b.dtype}" for name, b in self._model.named_buffers()]
         for options in [self._optimizer_kwargs, *(options for options, _ in self._groups)]:
             lines.append(", ".join(f"{name} {_plain(value)}" for name, value in sorted(options.items())))
-        if self._scaler is not None and self._scaler.is_enabled():
-            lines.append(f"loss scale {self._scaler.get_scale()}")
+        scaled = self._scaler is not None and self._scaler.is_enabled()
+        lines.append(f"loss scale {self._scaler.get_scale()}" if self._scaler is not None and scaled else "no scaler")
         name = self._optimizer_class.__name__
         agree(self._channel, f"smallreduce.optim.SDP4Bit with {name}: {self._scheme}", lines, self._count)
 
@@ -297,15 +299,15 @@ class SDP4Bit(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates this rank's part of the master, and starts to gather the weights. All ranks call it. Without any
-        gradient it does nothing.
+        """Updates this rank's part of the master, and starts to gather the weights. All ranks call it. On one rank
+        alone it does nothing without any gradient.
 
         Args:
             closure: Computes the loss and the gradients again, and returns the loss.
 
         Raises:
-            RuntimeError: Gradients have accumulated that were not reduced; a backward pass failed; parameters have been
-                moved or replaced, or unfrozen; a GradScaler that was not given as ``scaler``; or the group failed.
+            RuntimeError: There are no gradients, or such as were not reduced; a backward pass failed; parameters have
+                been moved, replaced or unfrozen; a GradScaler that was not given as ``scaler``; or the group failed.
         """
         if getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
@@ -316,8 +318,8 @@ class SDP4Bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._passes.check("step()")
         self._check_parameters()
+        self._passes.check("step()")
         self.synchronize()
         self._adopt_loaded()
         if not self._passes.has_gradients:
@@ -337,7 +339,10 @@ class SDP4Bit(Optimizer):
 
     def _count_step(self, steps: int) -> None:
         self._steps = steps
-        self._passes.is_exact = steps < self._scheme.start_step
+        exact = steps < self._scheme.start_step
+        if exact != self._passes.is_exact:
+            self._passes.pool.clear()  # the buffers are of other sizes
+            self._passes.is_exact = exact
 
     def synchronize(self) -> None:
         """Waits until the weights of the last step have arrived from all ranks.
@@ -380,12 +385,13 @@ class SDP4Bit(Optimizer):
             self._loaded = set()
 
     def _check_parameters(self) -> None:
+        of_model = {id(parameter) for parameter in self._model.parameters()}
         for bucket in self._buckets:
             for member in bucket.members:
-                if member.parameter.data_ptr() != member.weight.data_ptr():
+                if id(member.parameter) not in of_model or member.parameter.data_ptr() != member.weight.data_ptr():
                     raise RuntimeError(
                         f"{member.name} is no longer where SDP4Bit has put it: move and cast the model before the "
-                        "optimizer is made, and load it without assign=True"
+                        "optimizer is made, load it without assign=True, and replace no parameter"
                     )
         for parameter in self._frozen:
             if parameter.requires_grad:
@@ -436,12 +442,13 @@ class SDP4Bit(Optimizer):
 
         Returns:
             The inner optimizer's ``state_dict()`` and, as ``"sdp4bit"``, this rank's part of the master. The tensors
-            are those in use, as with torch's optimizers.
+            are those in use, as with torch's optimizers; a master that is a part of the weights is copied.
         """
         self.synchronize()
         self._adopt_loaded()
         own = {**self._header(), **self._progress()}
-        own["master"] = [bucket.master.detach() for bucket in self._buckets]
+        # A part of the weights would be saved with the whole of them.
+        own["master"] = [b.master.detach() if b.is_copy else b.master.detach().clone() for b in self._buckets]
         return {**self._inner.state_dict(), "sdp4bit": own}
 
     @torch.no_grad()
@@ -540,4 +547,6 @@ class SDP4Bit(Optimizer):
 
 def _plain(value: object) -> object:
     """An option as all ranks would print it."""
-    return value.tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value)) if callable(value) else value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -23,7 +24,7 @@ __all__ = ["GradientCodec", "Scheme", "check_model", "check_optimizer", "paramet
 GradientCodec = str | Codec | tuple[str | Codec, str | Codec] | None
 """One codec, one for inside a node and one for between nodes, or None."""
 
-_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+_NOT_ELEMENTWISE = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class Scheme:
         if (self.weights is not None or self.gradients is not None) and dtype not in ELEMENT_TYPES:
             accepted = ", ".join(map(str, ELEMENT_TYPES))
             raise TypeError(f"codecs take parameters of {accepted}, got {dtype}: give weights=None and gradients=None")
+        if self.gradients is not None and master not in ELEMENT_TYPES:
+            accepted = ", ".join(map(str, ELEMENT_TYPES))
+            raise TypeError(f"codecs take gradients of {accepted}, in the master's dtype, got {master}: give "
+                            "gradients=None or another master_dtype")  # fmt: skip
         if self.weights is not None and master != torch.float32:
             raise ValueError(
                 f"compressed weights need a master in torch.float32, got {master} for parameters of {dtype}"
@@ -147,11 +152,13 @@ def check_model(model: object) -> None:
     """Raises TypeError unless ``model`` is a plain module, or ValueError unless it is dense and on one device."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            "model must not be wrapped in DistributedDataParallel, since SDP4Bit reduces the gradients itself: give "
-            "its .module, and call that"
-        )
+    for name, module in model.named_modules():
+        for parallel in (DistributedDataParallel, FullyShardedDataParallel, FSDPModule):
+            if isinstance(module, parallel):
+                raise TypeError(
+                    f"no module may be wrapped in {parallel.__name__}, as {name or 'the model'} is, since SDP4Bit "
+                    "shards and reduces itself: give the plain module (that in .module), and call that"
+                )
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     if len(devices) > 1:
         raise ValueError(f"all of the model must be on one device, got {', '.join(sorted(map(str, devices)))}")
@@ -170,7 +177,7 @@ def check_optimizer(optimizer_class: object, scaler: object) -> None:
     if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
         given = optimizer_class.__name__ if isinstance(optimizer_class, type) else type(optimizer_class).__name__
         raise TypeError(f"optimizer_class must be a subclass of torch.optim.Optimizer, got {given}")
-    if optimizer_class.__module__.startswith("torch.optim") and optimizer_class.__name__ in _NOT_ELEMENTWISE:
+    if issubclass(optimizer_class, _NOT_ELEMENTWISE):
         raise TypeError(
             f"optimizer_class must update each element by itself, since a rank holds ranges of the flat parameters; "
             f"{optimizer_class.__name__} does not"

@@ -235,10 +235,12 @@ class Bucket:
                     gradient.mul_(factor)  # put there by the user
 
     def zero(self) -> None:
-        """Sets the reduced gradients to zero."""
+        """Sets the reduced gradients to zero, and forgets what the user has put in their place."""
         if self.reduced is not None:
             self.reduced.zero_()
             self._version = self.reduced._version
+            for one in self.slices:
+                one.tensor.grad = self._gradient(one)
 
     def forget(self) -> Tensor | None:
         """Lets go of the reduced gradients. Returns their buffer."""

@@ -28,23 +28,55 @@ __all__ = ["Exchange", "Pool"]
 
 
 class Pool:
-    """Buffers for gradients that have not been reduced, shared by all buckets. What they hold is undefined."""
+    """Buffers for gradients that have not been reduced, shared by all buckets. What they hold is undefined.
+
+    On CUDA torch's allocator does that, and knows which streams still use what; this keeps none.
+
+    Attributes:
+        nbytes: Of the buffers, those in use included.
+    """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._free: list[Tensor] = []
+        self._used: dict[int, Tensor] = {}  # by address
+        self._leaving: set[int] = set()  # of these, what is not to be kept
         self.nbytes = 0
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        free = self._free.get((numel, dtype))
-        if free:
-            return free.pop()
-        buffer = torch.empty(numel, dtype=dtype, device=device)
-        self.nbytes += buffer.nbytes
-        return buffer
+        """``numel`` elements of the smallest buffer that has as many. If none has, a larger one takes the place of the
+        largest, so that in the end there are as many as are in use at a time."""
+        if device.type == "cuda":
+            return torch.empty(numel, dtype=dtype, device=device)
+        free = sorted((b for b in self._free if b.dtype == dtype), key=Tensor.numel)
+        whole = next((buffer for buffer in free if buffer.numel() >= numel), None)
+        if whole is None and free:
+            self._drop(free[-1])
+        elif whole is not None:
+            self._free = [buffer for buffer in self._free if buffer is not whole]
+        if whole is None:
+            whole = torch.empty(numel, dtype=dtype, device=device)
+            self.nbytes += whole.nbytes
+        self._used[whole.data_ptr()] = whole
+        return whole[:numel]
 
     def give(self, buffer: Tensor | None) -> None:
-        if buffer is not None:
-            self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+        """Takes back what :meth:`take` gave."""
+        if buffer is not None and not buffer.is_cuda:
+            whole = self._used.pop(buffer.data_ptr())
+            self._free.append(whole)
+            if whole.data_ptr() in self._leaving:
+                self._leaving.discard(whole.data_ptr())
+                self._drop(whole)
+
+    def clear(self) -> None:
+        """Lets go of all buffers, of those that are in use when they are given back."""
+        for buffer in self._free[:]:
+            self._drop(buffer)
+        self._leaving = set(self._used)
+
+    def _drop(self, dropped: Tensor) -> None:
+        self._free = [buffer for buffer in self._free if buffer is not dropped]
+        self.nbytes -= dropped.nbytes
 
 
 class _Work(Protocol):
@@ -103,7 +135,7 @@ class Exchange:
         member = self.bucket.members[index]
         gradient = member.parameter.grad
         assert gradient is not None
-        if index in self._ready:
+        if index in self._ready or self._output is not None:  # the latter: the bucket is being reduced already
             raise RuntimeError(
                 f"the gradient of {member.name} has come twice in one backward pass, as it does with reentrant "
                 "activation checkpointing (use use_reentrant=False) or after a pass that failed (zero_grad() first)"
@@ -161,8 +193,7 @@ class Exchange:
             )
             count.collectives += 1
             count.bytes_sent += self._reducer.bytes_sent
-        if self._flat is not None and not flat.is_cuda:
-            # It has been encoded. (On CUDA that is still to happen.)
+            # It has been encoded. (On CUDA it will be, which torch's allocator has been told.)
             self._flat = None
             pool.give(flat)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from smallreduce.collectives._channel import is_channel_thread
 from smallreduce.optim._sdp4bit_exchange import Exchange
 
 __all__ = ["check_free", "register_hooks"]
@@ -19,7 +21,7 @@ __all__ = ["check_free", "register_hooks"]
 _Exchanges = Sequence[Exchange]
 _Wait = Callable[[_Exchanges | None], None]
 _Loaded = Callable[[Sequence[nn.Parameter]], None]
-_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 _owners: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
 """The living optimizer of each parameter, by the id of the parameter, which it keeps alive."""
@@ -44,7 +46,7 @@ def register_hooks(
     overlap: bool,
 ) -> None:
     """Registers hooks on the parameters of the buckets and on the modules that have such, for as long as the optimizer
-    lives. They do not keep it alive.
+    lives and its last weights are on their way. They do not keep it alive.
 
     Args:
         take: Called when the gradient of a member, by its number in the bucket, stands in its parameter's ``grad``.
@@ -52,7 +54,7 @@ def register_hooks(
         loaded: A method of the optimizer: called after ``load_state_dict()`` with the parameters that it has changed.
         overlap: Whether there is anything to wait for.
     """
-    wait, loaded = _weak(wait), _weak(loaded)
+    take, wait, loaded = _weak(take), _weak(wait, partial(_settle, exchanges)), _weak(loaded)
     handles: list[RemovableHandle] = []
     bucket_of: dict[int, Exchange] = {}
     for exchange in exchanges:
@@ -80,19 +82,34 @@ def register_hooks(
 
 def _end(handles: Sequence[RemovableHandle], exchanges: _Exchanges) -> None:
     """The optimizer is gone: nobody else would wait for its last step."""
+    if is_channel_thread():
+        # The garbage collector runs on any thread, and this one is what would be waited for: the hooks stay, and wait
+        # when the weights are used.
+        return
+    _settle(exchanges)  # what fails stays in the hooks, too
     for handle in handles:
         handle.remove()
+
+
+def _settle(exchanges: _Exchanges, *args: object) -> None:
+    """Waits until the weights of all have arrived. If one failed, this raises each time."""
+    failed: Exception | None = None
     for exchange in exchanges:
-        exchange.end_gather()
+        try:
+            exchange.end_gather()
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
-def _weak(method: Callable[[_T], None]) -> Callable[[_T], None]:
-    """The bound method as long as its object lives; after that it does nothing."""
+def _weak(method: Callable[_P, None], otherwise: Callable[..., None] = lambda *args: None) -> Callable[_P, None]:
+    """The bound method as long as its object lives; ``otherwise`` after that."""
     reference = weakref.WeakMethod(method)
 
-    def call(argument: _T) -> None:
-        if (alive := reference()) is not None:
-            alive(argument)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        alive = reference()
+        (otherwise if alive is None else alive)(*args, **kwargs)
 
     return call
 

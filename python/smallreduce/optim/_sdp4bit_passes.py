@@ -45,6 +45,7 @@ class BackwardPasses:
         self.is_exact = False
         self.number = self.done = 0
         self.has_gradients = False
+        self._is_fresh = False  # whether they have been reduced since they were last forgotten or set to zero
         self.sentinel = nn.Parameter(torch.zeros(1, device=exchanges[0].bucket.weights.device))
         self._next = 0  # bucket to be reduced, from the last on
         self._in_pass = self._is_local = False
@@ -87,7 +88,7 @@ class BackwardPasses:
         for exchange in reversed(self._exchanges):
             exchange.end_reduce(self.pool)
         self._in_pass = False
-        self.has_gradients = True
+        self.has_gradients = self._is_fresh = True
         self.done += 1
         if self._scaler is not None and self._scaler.is_enabled():
             self._share_overflow()
@@ -112,15 +113,22 @@ class BackwardPasses:
         for exchange in self._exchanges:
             for member in exchange.bucket.members:
                 member.parameter.grad = None
-            if forget:
-                exchange.forget(self.pool)
-            else:
+        failed: Exception | None = None
+        for exchange in self._exchanges:
+            if not forget:
                 exchange.bucket.zero()
-        self._used = None
+                continue
+            try:
+                exchange.forget(self.pool)
+            except Exception as error:  # all are to be let go of
+                failed = failed or error
+        self._used, self._is_fresh = None, False
         if forget:
             self.has_gradients = False
             self.sentinel.grad = None
         self._in_pass = False
+        if failed is not None:
+            raise failed
 
     def use(self) -> None:
         """Called by a step. Warns once where gradients of the step before are still among the reduced ones."""
@@ -134,7 +142,7 @@ class BackwardPasses:
         self._used = self.number
 
     def check(self, call: str) -> None:
-        """Raises RuntimeError unless all gradients there are have been reduced."""
+        """Raises RuntimeError unless all gradients there are have been reduced, and, among several ranks, some have."""
         if self._in_pass:
             raise RuntimeError(
                 f"{call} after a backward pass that has not ended; zero_grad() starts anew, where all ranks "
@@ -144,4 +152,10 @@ class BackwardPasses:
             raise RuntimeError(
                 f"{call} with gradients that have not been reduced: the last of the backward passes whose gradients "
                 "accumulate must be outside of no_sync()"
+            )
+        if not self._is_fresh and self._group.size() > 1:
+            raise RuntimeError(
+                f"{call} without any gradient on this rank, while others may have reduced theirs: each step needs as "
+                "many backward passes on all ranks, which reach a parameter that is trained; where a loss may reach "
+                "none, add 0 * sum(p.sum() for p in model.parameters()) to it"
             )

@@ -17,13 +17,13 @@ from smallreduce.optim._sdp4bit_bucket import Bucket, Slice
 
 __all__ = ["FORMAT", "Header", "check", "check_checkpoint", "checkpoint", "copied", "header", "restore", "template"]
 
-FORMAT = 1
+FORMAT = 2
 
 Header = dict[str, Any]
 """What a rank's state must have in common with the optimizer that loads it."""
 
 _OWN = {"format", "rank", "world_size", "seed", "layout", "compressed", "steps", "passes", "master"}
-_CHECKPOINT = {"format", "seed", "compressed", "steps", "passes", "master", "state", "param_groups"}
+_CHECKPOINT = {"format", "seed", "compressed", "steps", "passes", "strides", "master", "state", "param_groups"}
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------
@@ -132,6 +132,9 @@ def checkpoint(
     return {
         "format": FORMAT,
         **progress,
+        # The order in memory of each parameter's elements, which is that of what follows. In a tuple, as the groups,
+        # which is saved as one object: a schedule may have added options that a new optimizer lacks.
+        "strides": tuple((member.name, member.stride) for bucket in buckets for member in bucket.members),
         "master": {one.member.name: _shard(one.tensor, one) for one in slices},
         "state": {
             one.member.name: {
@@ -141,7 +144,6 @@ def checkpoint(
             }
             for one in slices
         },
-        # In a tuple, which is saved as one object: a schedule may have added options that a new optimizer lacks.
         "param_groups": options,
     }
 
@@ -177,6 +179,13 @@ def check_checkpoint(state: object, seed: int, inner: Optimizer, buckets: Sequen
             raise ValueError(
                 f"parameter group {number} of the checkpoint does not have the parameters of this optimizer's: "
                 f"{', '.join(sorted(own ^ set(group['params'])))}"
+            )
+    strides = {name: tuple(stride) for name, stride in state["strides"]}
+    for member in (member for bucket in buckets for member in bucket.members):
+        if strides.get(member.name) != member.stride:
+            raise ValueError(
+                f"the checkpoint's elements of {member.name} lie in memory with strides {strides.get(member.name)}, "
+                f"but the parameter's with {member.stride}: give the model the memory format that was saved"
             )
     slices = [one for bucket in buckets for one in bucket.slices]
     if lacking := [one.member.name for one in slices if one.member.name not in state["master"]]:
