@@ -29,9 +29,21 @@ from smallreduce.collectives._group import group_of
 from smallreduce.collectives._links import Exchange, GlooLinks, Links, NcclLinks
 from smallreduce.collectives._work import Work
 
-__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Stages", "Start", "channel_of", "shutdown"]
+__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Stages", "Start", "channel_of", "is_channel_thread", "shutdown"]
 
 _IDLE_KEPT = 4
+
+
+_thread = threading.local()
+
+
+def _mark_channel_thread() -> None:
+    _thread.is_of_a_channel = True
+
+
+def is_channel_thread() -> bool:
+    """Whether collectives end on the calling thread, which therefore cannot wait for any."""
+    return getattr(_thread, "is_of_a_channel", False)
 
 
 class Disagreement(RuntimeError):
@@ -218,8 +230,8 @@ class ThreadedChannel(Channel):
         self._abandoned = weakref.finalize(self, _destroy_elsewhere, self._clones)
         self._abandoned.atexit = False  # _close_all comes first
         super().__init__(self._links(group, range(group.size()), f"{generation}"))
-        self._reducer = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-reducer")
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="smallreduce-finisher")
+        self._reducer = ThreadPoolExecutor(1, "smallreduce-reducer", _mark_channel_thread)
+        self._finisher = ThreadPoolExecutor(1, "smallreduce-finisher", _mark_channel_thread)
         self._lock = threading.Lock()
         # A connection whose messages are given up midway keeps gloo's thread busy until the group is destroyed.
         self._given_up: list[Exchange] = []
