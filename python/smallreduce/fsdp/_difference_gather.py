@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smallreduce.collectives import Work, channel_of, ring_bytes
-from smallreduce.fsdp._gather import borrow_engine, check_group
+from smallreduce.fsdp._gather import borrow_engine, check_numel
 from smallreduce.fsdp._leg import Gathering, Leg, Progress
 from smallreduce.fsdp._torch_groups import Bucket, Version
 
@@ -70,14 +70,15 @@ class DifferenceGather:
         """Brings ``output_tensor`` up to the weights of all ranks, of which ``input_tensor`` is this rank's part.
 
         Raises:
-            RuntimeError: In a backward pass, where weights have changed since the latest forward pass.
+            RuntimeError: In a backward pass, where weights have changed since the latest forward pass; or the sizes are
+                not those of the module.
         """
         leg, bucket = self._leg, self.bucket
         uncompressed = (group.size() - 1) * input_tensor.nbytes
         if leg.is_exact(input_tensor.dtype):
             leg.count(uncompressed)
             return self._stock(output_tensor, input_tensor, group, async_op)
-        check_group(bucket, group)
+        check_numel(bucket, self._segments, input_tensor.numel())
         channel = channel_of(group, output_tensor.device)
         channel.check()
         self._settle()
@@ -181,12 +182,15 @@ class DifferenceGather:
         }
 
     def restore(self, stored: Mapping[str, Tensor], number: int, step: int | None, is_current: bool) -> None:
-        """Takes over what :meth:`stored` gave; the other ranks' shards are gathered in the next pass.
+        """Takes over what :meth:`stored` gave; the other ranks' shards are gathered in the next pass. One rank alone,
+        whose weights are nobody else's, takes over nothing but the number.
 
         Args:
             number, step, is_current: Those of when it was stored.
         """
         self._settle()
+        if self.bucket.shard_group.size() == 1:
+            step = None
         self.number, self.step = number, step
         self._reference = self._gathered = self._restored = None
         if step is not None:

@@ -14,13 +14,15 @@ from smallreduce.collectives import AllGather, Channel, all_gather_for, channel_
 from smallreduce.collectives._engine import Segments
 from smallreduce.collectives._levels import Levels
 from smallreduce.fsdp._leg import Gathering, Leg, borrow
-from smallreduce.fsdp._torch_groups import Bucket
+from smallreduce.fsdp._torch_groups import Bucket, Version
 
-__all__ = ["WeightGather", "borrow_engine", "check_group"]
+__all__ = ["WeightGather", "borrow_engine", "check_numel"]
 
 
 class WeightGather:
     """What ``FSDPModule.set_custom_all_gather`` takes.
+
+    A backward pass, and what it computes again, sees the weights with the random bits of the latest forward pass.
 
     Args:
         bucket: The module's.
@@ -40,7 +42,8 @@ class WeightGather:
         self._node_size = node_size
         self._keep_packets = keep_packets
         self._kept: AllGather | None = None  # with the packets of its latest call
-        self._kept_of: object = None  # the step and the version of the weights in them
+        self._kept_step = 0  # that of the packets
+        self._kept_version: Version = ()  # of this rank's weights in them
         self._stock = bucket.all_gather
         self._segments = bucket.segments()
 
@@ -60,20 +63,28 @@ class WeightGather:
 
         On the CPU a Work is returned even where ``async_op`` is False: torch waits for it before it copies the
         parameters out, so that what it prefetches in backward overlaps with computing there too.
+
+        Raises:
+            RuntimeError: In a backward pass with packets that are kept, where this rank's weights have changed since
+                the forward pass; or the sizes are not those of the module.
         """
         leg, dtype, numel = self._leg, input_tensor.dtype, input_tensor.numel()
         in_backward = self._bucket.in_backward
         if not in_backward:
-            # A backward pass, and what it computes again, sees the weights of its forward pass.
             self._forward_step = self._step()
         step = self._forward_step
         uncompressed = (group.size() - 1) * input_tensor.nbytes
         if leg.is_exact(dtype):
             leg.count(uncompressed)
             return self._stock(output_tensor, input_tensor, group, async_op)
-        check_group(self._bucket, group)
-        weights = (step, self._bucket.version) if self._keep_packets else None
-        if self._kept is not None and in_backward and self._kept_of == weights:
+        check_numel(self._bucket, self._segments, numel)
+        # Whether anything is sent must not depend on what one rank alone knows.
+        if self._kept is not None and in_backward and self._kept_step == step:
+            if self._kept_version != self._bucket.version:
+                raise RuntimeError(
+                    f"the weights of {self._bucket.label} have changed since the latest forward pass, whose packets "
+                    "are kept: run the backward pass before they change, or compress without keep_packets"
+                )
             self._kept.decode(output_tensor)
             leg.count(uncompressed, 0)
             return None
@@ -81,9 +92,12 @@ class WeightGather:
         form = leg, self._segments, numel, dtype, channel, self._node_size
         give_back: Callable[[], None] | None = None
         if self._keep_packets and self._bucket.reshards_after_forward:
-            engine = self._kept = self._kept or gather_engine(*form)
-            self._kept_of = weights
+            if self._kept is None or self._kept.channel is not channel:  # which has been shut down
+                self._kept = gather_engine(*form)
+            engine = self._kept
+            self._kept_step, self._kept_version = step, self._bucket.version
         else:
+            self._kept = None
             engine, give_back = borrow_engine(*form)
         work = engine.launch(output_tensor, input_tensor, leg.seed, 3 * self._bucket.number, step, after=give_back)
         leg.count(uncompressed, engine.bytes_sent)
@@ -94,12 +108,13 @@ class WeightGather:
         return Gathering(work)
 
 
-def check_group(bucket: Bucket, group: dist.ProcessGroup) -> None:
-    """Raises RuntimeError unless it is the group that the module is sharded over."""
-    if group.size() != bucket.shard_group.size():
+def check_numel(bucket: Bucket, segments: Segments, numel: int) -> None:
+    """Raises RuntimeError unless a rank's part is of the module's parameters, one after another, and nothing else."""
+    expected = sum(length for _, length in segments)
+    if numel != expected:
         raise RuntimeError(
-            f"{bucket.label} gathers over {group.size()} ranks, but is sharded over {bucket.shard_group.size()}: "
-            "compressed weights bear no int in reshard_after_forward"
+            f"{bucket.label} gathers {numel} elements from each rank, but its parameters have {expected} there: "
+            "compress a model after everything that changes what its modules gather"
         )
 
 
