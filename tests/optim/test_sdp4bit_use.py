@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import threading
 import time
 import warnings
 from typing import Any
@@ -301,9 +302,12 @@ def _lifetimes(rank: int, world: int) -> None:
 def _collected_on_a_channel_thread(rank: int, world: int) -> None:
     # The garbage collector may end an optimizer on the very thread that its last weights arrive on.
     decode_add, held, weights = ops.decode_add, [], []
+    let_go, gone = threading.Event(), threading.Event()
 
     def collecting(*args: Any, **kwargs: Any) -> None:
+        assert let_go.wait(20)
         held.clear()
+        gone.set()
         decode_add(*args, **kwargs)
 
     for collected in (True, False):
@@ -317,6 +321,8 @@ def _collected_on_a_channel_thread(rank: int, world: int) -> None:
             optimizer.step()
             if collected:
                 del optimizer
+                let_go.set()
+                assert gone.wait(20), "the thread that the weights arrive on waits for itself"
             loss_of(model, batch(rank, 1)).backward()
         if collected:
             assert not held and all(p.grad is not None for p in model.parameters() if p.requires_grad)
