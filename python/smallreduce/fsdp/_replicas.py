@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +31,9 @@ class ReplicaReduce:
 
     def __call__(self, reduce_output: Tensor) -> None:
         """It is complete when this returns (CUDA: for the current stream)."""
+        if reduce_output.is_cuda:
+            # torch has allocated it on its reduce-scatter stream, calls this on another, and may drop it right after.
+            reduce_output.record_stream(torch.cuda.current_stream(reduce_output.device))
         leg, dtype, numel, group = self._leg, reduce_output.dtype, reduce_output.numel(), self._group
         step = self._progress.between
         self._progress.between += 1
