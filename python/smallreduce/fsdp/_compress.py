@@ -21,7 +21,7 @@ from smallreduce.collectives._levels import Levels, grain_of, node_size_of
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Codecs, Leg, Progress
-from smallreduce.fsdp._memory import FullMemory, LoCoMemory, Memory, Scratch
+from smallreduce.fsdp._memory import FullMemory, LoCoMemory, Memory, Scratch, residual_nbytes
 from smallreduce.fsdp._replicas import ReplicaReduce
 from smallreduce.fsdp._resharding import Place
 from smallreduce.fsdp._scatter import GradientScatter
@@ -91,7 +91,8 @@ def compress(
 
     Weights are encoded in the dtype in which they are gathered (``MixedPrecisionPolicy.param_dtype``), and all ranks
     compute with the same decoded bits, the owner too; its own fp32 shard, which the optimizer updates, stays exact. The
-    forward and backward passes of a step see the same decoded weights.
+    forward and backward passes of a step see the same decoded weights: a backward pass sees those of the latest forward
+    pass, also where it belongs to an earlier one.
 
     Gradients are reduced as torch asks (a mean, or a sum that it divides itself), in fp32, into ``reduce_dtype``.
 
@@ -102,20 +103,23 @@ def compress(
             3); None: torch's own reduce-scatter.
         weights: ``IntQuant`` or ``Cast``, or None: torch's own all-gather.
         feedback: Error feedback for gradients: what the codec takes away from a rank's gradients is added to its next
-            ones. ``"full"``: fp32 residuals; ``"int8"``: LoCo (arXiv:2407.04480), an exponential average in 8-bit
-            integers. A residual is of the size of the *unsharded* trainable parameters, on every rank: 4 bytes for
-            each element, or 1.016, which a :class:`ResidualMemory` warning states once. A loss scale that changes
-            (``GradScaler``) changes the units of what is owed; use neither with it.
+            ones; all modules must then have one shard group. ``"full"``: fp32 residuals; ``"int8"``: LoCo
+            (arXiv:2407.04480), an exponential average in 8-bit integers. A residual is of the size of the *unsharded*
+            trainable parameters, on every rank: 4 bytes for each element, or 1.016, which a :class:`ResidualMemory`
+            warning states once. A loss scale that changes (``GradScaler``) changes the units of what is owed; use
+            neither with it.
         node_size: Ranks of a node, where ``gradients`` is a pair, and weights then take two levels too, each packet
             sent to another node once; None: as torchrun has laid them out.
         keep_packets: Keep the packets of the weights from the forward pass, and decode them again in the backward pass
             instead of gathering twice: half of what weights send, for 1.016 bytes (``int8``) of each unsharded element
-            on every rank. Without effect where ``reshard_after_forward=False`` keeps the weights themselves.
+            on every rank. A backward pass raises where weights have changed since the latest forward pass. Without
+            effect where ``reshard_after_forward=False`` keeps the weights themselves.
         differences: Keep the unsharded weights, in the dtype in which they are gathered, on every rank, and send what a
             rank's own have changed by: four bits lose less of that than of the weights (SDP4Bit, arXiv:2410.15526,
             Algorithm 2), and what they lose is in the next difference. Weights then travel once in a step; the first,
-            exactly; frozen ones, never again. Rounding left open is to nearest. Without the Hadamard transform. A
-            backward pass sees the weights of the latest forward pass, and raises where they have changed since.
+            exactly; frozen ones, never again. Rounding left open is to nearest. Without the Hadamard transform; all
+            modules must have one shard group. A backward pass raises where weights have changed since the latest
+            forward pass.
         replicate_group: The ranks that hold the same shard of other replicas of the model (HSDP): a process group or a
             one-dimensional mesh; ``fully_shard`` gets the one-dimensional mesh of the shards. Gradients are then
             averaged over the replicas too, each time that they are reduced.
@@ -145,10 +149,14 @@ def compress(
                 "replicate_group is the group of the shards; it must be the ranks that hold the same shard, such as "
                 "mesh['replicate'].get_group()"
             )
-        return _check(
+        checked = _check(
             buckets, gradients, weights, feedback, node_size, keep_packets, differences, replicate_gradients, replicas,
             beta, reset_every, seed,
         )  # fmt: skip
+        if checked.feedback is not None and _place(buckets, replicas).row == 0:
+            # Before anything is agreed on: filters may make an error of it, which is then one on all ranks.
+            _warn_of_memory(buckets, checked.feedback)
+        return checked
 
     config = _together({**shards, **_channels(buckets, [replicas] * len(buckets))}, check, str, setup)
     return _install(buckets, config, replicas, setup)
@@ -276,6 +284,8 @@ def _check(
                 reason = "reduces in fp16, in which a sum over replicas may overflow: give reduce_dtype=torch.float32"
             if reason is not None:
                 raise ValueError(f"{bucket.label} {reason}")
+    if feedback is not None or differences:
+        _one_shard_group(buckets, "feedback=None" if feedback is not None else "differences=False")
     if isinstance(codecs, tuple):
         given = None if node_size is None else as_int(node_size, "node_size")
         sizes = {node_size_of(dist.get_process_group_ranks(bucket.shard_group), given) for bucket in buckets}
@@ -285,6 +295,26 @@ def _check(
     return _Config(
         codecs, of_weights, between, feedback, size, keep_packets, differences, float(beta), reset_every, seed
     )
+
+
+def _one_shard_group(buckets: Sequence[Bucket], instead: str) -> None:
+    """Refuses what keeps a state of the ranks of a shard group, where modules have several.
+
+    Raises:
+        ValueError: They do.
+    """
+    first, *others = ((bucket, dist.get_process_group_ranks(bucket.shard_group)) for bucket in buckets)
+    for bucket, ranks in others:
+        if ranks != first[1]:
+            raise ValueError(
+                f"{first[0].label} is sharded over ranks {_listed(first[1])} and {bucket.label} over ranks "
+                f"{_listed(ranks)}, but what is kept from step to step is of one shard group: give {instead}, or call "
+                "compress on each part of the model that has one"
+            )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _unbiased(codec: PacketCodec | None, name: str) -> None:
@@ -305,9 +335,8 @@ def _packets(spelling: object, name: str) -> PacketCodec | None:
 
 
 def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessGroup | None, setup: Count) -> State:
-    shard = buckets[0].mesh_group
-    world_size, shard_rank = (1, 0) if shard is None else (shard.size(), shard.rank())
-    replica, replica_count = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    place = _place(buckets, replicas)
+    replica, shard_rank = divmod(place.row, place.world_size)
     # All replicas gather the same bits, but no two ranks round gradients alike.
     seeds = config.seed, config.seed ^ replica << 32, config.seed ^ shard_rank << 32
     legs = [
@@ -339,11 +368,16 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
             bucket.module.set_custom_all_gather(gather)  # type: ignore[arg-type]
         if replicas is not None:
             bucket.module.set_all_reduce_hook(ReplicaReduce(bucket, between, steps, replicas))
-    place = Place(world_size, replica_count, replica * world_size + shard_rank)
-    state = State(place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup)
-    if config.feedback is not None and place.row == 0 and world_size > 1:
-        _warn_of_memory(config, state, scatters)
-    return state
+    return State(place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup)
+
+
+def _place(buckets: Sequence[Bucket], replicas: dist.ProcessGroup | None) -> Place:
+    """Of this rank in the largest shard group: with feedback, all modules have the same."""
+    groups = [bucket.mesh_group for bucket in buckets]
+    places = [(1, 0) if group is None else (group.size(), group.rank()) for group in groups]
+    world_size, shard_rank = max(places, key=lambda place: place[0])
+    replica, replica_count = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+    return Place(world_size, replica_count, replica * world_size + shard_rank)
 
 
 def _step_of(bucket: Bucket, progress: Mapping[str, Progress]) -> int:
@@ -368,14 +402,16 @@ def _memories(config: _Config) -> Callable[[Bucket], Memory | None]:
     return make
 
 
-def _warn_of_memory(config: _Config, state: State, scatters: Sequence[GradientScatter]) -> None:
-    elements = sum(
-        slot.shape.numel() for scatter in scatters if scatter.memory is not None for slot in scatter.memory.slots
-    )
-    nbytes = state.stats().residual_nbytes
+def _warn_of_memory(buckets: Sequence[Bucket], feedback: str) -> None:
+    world_size = buckets[0].shard_group.size()
+    if world_size == 1:
+        return
+    trainable = [[slot for slot in bucket.slots if slot.trainable] for bucket in buckets]
+    elements = sum(slot.shape.numel() for slots in trainable for slot in slots)
+    nbytes = sum(residual_nbytes(feedback, slots, world_size) for slots in trainable)
     warnings.warn(
-        f"feedback={config.feedback!r} keeps {nbytes} bytes ({nbytes / 2**20:.1f} MiB) of residuals on every rank, for "
+        f"feedback={feedback!r} keeps {nbytes} bytes ({nbytes / 2**20:.1f} MiB) of residuals on every rank, for "
         f"{elements} trainable elements, unsharded; feedback=None, with stochastic rounding, keeps none",
         ResidualMemory,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -18,7 +18,7 @@ from smallreduce._layout import BLOCK, Layout
 from smallreduce.codecs import IntQuant
 from smallreduce.fsdp._torch_groups import Slot
 
-__all__ = ["FullMemory", "LoCoMemory", "Memory", "Scratch", "packet_layout", "padded"]
+__all__ = ["FullMemory", "LoCoMemory", "Memory", "Scratch", "packet_layout", "padded", "residual_nbytes"]
 
 STORED = IntQuant(8, rounding="nearest")
 """How LoCo's residuals are kept."""
@@ -36,16 +36,44 @@ def packet_layout(shard_numel: int, world_size: int, begin: int, distance: int) 
     return Layout.build(segments, STORED.format, torch.float32)
 
 
+def residual_nbytes(feedback: str, slots: Sequence[Slot], world_size: int) -> int:
+    """What ``nbytes`` of the memory of these parameters is, before there is one.
+
+    Args:
+        feedback: ``"full"`` or ``"int8"``.
+    """
+    shards = [slot.shard_shape.numel() for slot in slots]
+    if feedback == "full":
+        return torch.float32.itemsize * world_size * sum(map(padded, shards))
+    return sum(packet_layout(shard, world_size, 0, shard).stride for shard in shards)
+
+
 class Scratch:
-    """fp32 memory for one module's flat residual at a time, shared by all modules of a model."""
+    """fp32 memory for one module's flat residual at a time, shared by all modules of a model.
+
+    Every FSDP root reduces on a CUDA stream of its own, so a module may take the memory on another stream than the one
+    before it.
+    """
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
+        self._given_back: torch.cuda.Event | None = None
 
     def of(self, numel: int, device: torch.device) -> Tensor:
+        """So many elements, for the current stream, until :meth:`give_back`."""
+        if self._given_back is not None:
+            torch.cuda.current_stream(device).wait_event(self._given_back)
         if self._tensor is None or self._tensor.numel() < numel:
             self._tensor = torch.empty(numel, device=device)
+        if self._tensor.is_cuda:
+            # It may be let go of, for a larger one, while this stream still works on it.
+            self._tensor.record_stream(torch.cuda.current_stream(device))
         return self._tensor[:numel]
+
+    def give_back(self) -> None:
+        """What was taken is done with, once the current stream has come to here."""
+        if self._tensor is not None and self._tensor.is_cuda:
+            self._given_back = torch.cuda.current_stream(self._tensor.device).record_event()
 
 
 class Memory(ABC):
@@ -108,8 +136,12 @@ class Memory(ABC):
         """Called with what :meth:`lend` gave when the reduction is over."""
 
     @abstractmethod
+    def skip(self, step: int) -> None:
+        """Called in the place of :meth:`lend` and :meth:`take_back` for a step that is reduced without feedback."""
+
+    @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """What is kept for each parameter, as it is saved."""
+        """What is kept for each parameter, as it is saved, in memory of its own."""
 
     @abstractmethod
     def restore(self, stored: dict[str, Tensor]) -> None:
@@ -153,6 +185,9 @@ class FullMemory(Memory):
 
     def take_back(self, worker: Tensor, step: int) -> None:
         self._clear_padding(self._residuals)
+
+    def skip(self, step: int) -> None:
+        """What is owed stays owed."""
 
     def stored(self) -> dict[str, Tensor]:
         return {slot.name: slot.join(self._residuals[slot.name]).reshape(-1) for slot in self.slots}
@@ -239,9 +274,17 @@ class LoCoMemory(Memory):
         self._clear_padding(self._views(worker))
         for slot in self.slots:
             self._encode(worker, slot.name)
+        self._scratch.give_back()
+
+    def skip(self, step: int) -> None:
+        """What is owed stays owed; but e begins anew where it would have."""
+        if self._starts_anew(step):
+            zeros = torch.zeros(self.numel, device=self.device)
+            for slot in self.slots:
+                self._encode(zeros, slot.name)
 
     def stored(self) -> dict[str, Tensor]:
-        return {slot.name: self._packets[slot.name] for slot in self.slots}
+        return {slot.name: self._packets[slot.name].clone() for slot in self.slots}
 
     def restore(self, stored: dict[str, Tensor]) -> None:
         for slot in self.slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ from smallreduce.fsdp._leg import Leg, Progress, borrow
 from smallreduce.fsdp._memory import Memory
 from smallreduce.fsdp._torch_groups import Bucket
 
-__all__ = ["GradientScatter"]
+__all__ = ["ALWAYS", "GradientScatter"]
+
+ALWAYS = 8
+"""Reductions without a whole one among them after which the next are not expected to be whole either."""
 
 
 class GradientScatter:
@@ -50,6 +54,7 @@ class GradientScatter:
         self._memory_for = memory_for
         self.memory = memory_for(bucket)
         self.partial = 0
+        self._is_ever_whole = False
         self._stock = bucket.reduce_scatter
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -73,15 +78,15 @@ class GradientScatter:
         """
         leg, dtype, numel = self._leg, input_tensor.dtype, output_tensor.numel()
         step = self._progress.step
-        self._progress.step += 1
         uncompressed = (group.size() - 1) * output_tensor.nbytes
         if leg.is_exact(dtype):
+            self._progress.step += 1
             leg.count(uncompressed)
             return self._stock(output_tensor, input_tensor, group, op, async_op)
         if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
             raise ValueError(
-                f"{self.bucket.label} reduces with {op}, as set_gradient_divide_factor makes it; compressed gradients "
-                "take a mean or a sum: call set_force_sum_reduction_for_comms(True) on every FSDP module"
+                f"{self.bucket.label} reduces with {_name(op)}, as set_gradient_divide_factor makes it; compressed "
+                "gradients take a mean or a sum: call set_force_sum_reduction_for_comms(True) on every FSDP module"
             )
         codec = leg.codec
         assert codec is not None
@@ -89,10 +94,15 @@ class GradientScatter:
         memory = None
         if sum(length for _, length in segments) != numel:
             # torch leaves parameters without a gradient out, and does not say which.
-            self.partial += 1
             segments = ((0, numel),)
+            self.partial += 1
+            if self.memory is not None:
+                self._warn_if_always_partial()
+                self.memory.skip(step)
         else:
+            self._is_ever_whole = True
             memory = self._memory_of_now()
+        self._progress.step += 1
         channel = channel_of(group, output_tensor.device)
         route = channel if self._node_size is None else Levels(channel, self._node_size)
         key = ("fsdp.scatter", segments, codec, dtype, self._node_size)
@@ -108,6 +118,17 @@ class GradientScatter:
             memory.take_back(worker, step)
         return None
 
+    def _warn_if_always_partial(self) -> None:
+        if self._is_ever_whole or self.partial != ALWAYS:
+            return
+        warnings.warn(
+            f"in each of the first {ALWAYS} reductions of {self.bucket.label} some trainable parameters had no "
+            "gradient, and such a reduction is made without feedback: call set_reduce_scatter_unused_params(True) on "
+            "the model (torch 2.13), freeze what is not used, or give feedback=None, which keeps no residuals",
+            UserWarning,
+            stacklevel=3,
+        )
+
     def _memory_of_now(self) -> Memory | None:
         """That of the parameters that are trainable now, of which some may have been frozen before, or may be since."""
         if self.memory is None:
@@ -115,3 +136,9 @@ class GradientScatter:
         else:
             self.memory.follow([slot for slot in self.bucket.slots if slot.trainable])
         return self.memory
+
+
+def _name(op: Any) -> str:
+    """Of what torch reduces with: a RedOpType, or a ReduceOp that has one."""
+    name: str = getattr(op, "op", op).name
+    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,11 @@ class State:
         """By the name of the module, as its progress."""
         return {gather.bucket.name: gather for gather in self._gathers if isinstance(gather, DifferenceGather)}
 
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Of the arguments those that a state must not differ by."""
+        return {"seed": self._seed, "feedback": self._feedback, "by_differences": bool(self._references)}
+
     def _stored(self) -> dict[str, Tensor]:
         return {name: tensor for memory in self._memories for name, tensor in memory.stored().items()}
 
@@ -132,10 +138,13 @@ class State:
                 f"this state belongs to rank {theirs[0]} of {_product(theirs[1])}, not to rank {mine[0]} of "
                 f"{_product(mine[1])}: save and load one for each rank; sharded_state_dict() gives a form for others"
             )
-        for key, own in (("seed", self._seed), ("feedback", self._feedback)):
-            if state_dict.get(key) != own:
-                raise ValueError(f"this state has {key} {state_dict.get(key)!r}, but this model has {own!r}")
+        self._check(state_dict, {"seed": self._seed, "feedback": self._feedback})
         self._load(*(state_dict[key] for key in ("steps", "residuals", "differences", "references")))
+
+    def _check(self, state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        for key, value in own.items():
+            if state_dict.get(key) != value:
+                raise ValueError(f"this state has {key} {state_dict.get(key)!r}, but this model has {value!r}")
 
     def _load(
         self,
@@ -181,6 +190,8 @@ class State:
 
     def _shapes(self, world_size: int) -> dict[str, tuple[torch.dtype, int]]:
         """dtype and elements of each stored residual, on each of ``world_size`` ranks of a shard group."""
+        if world_size == 1:  # nothing is compressed there
+            return {}
         return {
             slot.name: memory.stored_shape(slot.name, world_size) for memory in self._memories for slot in memory.slots
         }
@@ -200,10 +211,11 @@ class State:
 
         Args:
             saved_on: For loading: the number of ranks that saved, and in how many replicas: what ``"ranks"`` was. None,
-                or this number: this rank's own state.
+                or this number: this rank's own state. From one rank there are no residuals to be loaded.
 
         Returns:
-            ``"ranks"``: int64, ranks of a shard group and replicas; ``"steps"``: int64, two for each module;
+            ``"ranks"``: int64, ranks of a shard group and replicas; ``"seed"``, ``"feedback"``, ``"by_differences"``:
+            what was given to :func:`~smallreduce.fsdp.compress`; ``"steps"``: int64, two for each module;
             ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
             its own, or, for loading what others saved, those that it takes over; ``"differences"`` and
             ``"references"``: how many differences of weights each module has sent, and of which weights, sharded as
@@ -223,6 +235,7 @@ class State:
             residuals[name] = FlatShard(mine, min(rows) * numel, old.rows * numel)
         return {
             "ranks": torch.tensor([old.world_size, old.replicas]),
+            **self._given,
             "steps": {name or ".": torch.tensor([p.step, p.between]) for name, p in self._progress.items()},
             "residuals": residuals,
             "differences": {
@@ -245,16 +258,27 @@ class State:
 
         From as many ranks as there are now, the next steps are those that followed the saving, bit for bit. From
         another number each rank takes the mean of the old ranks' residuals, weighted by how far it overlaps theirs: the
-        mean over all ranks, which is what is owed to the averaged gradient, stays what it was.
+        mean over all ranks, which is what is owed to the averaged gradient, stays what it was. One rank alone
+        compresses nothing and owes nothing: from one all residuals begin at zero, and into one they are dropped, with a
+        warning.
 
         Raises:
-            ValueError: The state is of another model; or of another number of ranks, and gradients are reduced in fp16.
+            ValueError: The state is of another model, seed, feedback or way for weights; or of another number of ranks,
+                and gradients are reduced in fp16.
         """
+        self._check(state_dict, self._given)
         old = Place.of(state_dict["ranks"])
         weights = overlaps(self._place, old)
         same = old.rows == self._place.rows and old.world_size == self._place.world_size
         halves = [s.bucket.label for s in self._scatters if s.memory and s.bucket.reduce_dtype == torch.float16]
-        if halves and not same:
+        if self._feedback is not None and self._place.world_size == 1 < old.world_size:
+            warnings.warn(
+                f"the residuals of {old.world_size} ranks are dropped: in a shard group of one rank nothing is "
+                "compressed, and nothing is owed",
+                UserWarning,
+                stacklevel=2,
+            )
+        if halves and not same and old.world_size > 1:
             raise ValueError(
                 f"{halves[0]} reduces in fp16, for which torch first divides by what depends on the number of "
                 f"ranks, and residuals are in these units: load on {old.world_size} ranks and {old.replicas} replicas"
@@ -262,6 +286,9 @@ class State:
         residuals = {}
         for memory in self._memories:
             for slot in memory.slots:
+                if old.world_size == 1:
+                    residuals[slot.name] = memory.store(slot.name, torch.zeros(slot.shape))
+                    continue
                 rows: Tensor = state_dict["residuals"][slot.name].local
                 if same:
                     residuals[slot.name] = rows
