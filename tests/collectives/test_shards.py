@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import smallreduce as sr
 from collectives.compose import composed_all_gather, composed_reduce_scatter, dyadic, inputs
+from collectives.test_two_level import composed_sums
 from ranks import run
 from smallreduce import ops
 from smallreduce._layout import Layout
@@ -194,6 +195,18 @@ def _segments(rank: int, world: int, chunk_numel: int) -> None:
             expected = torch.full((NUMEL,), 3.0, dtype=dtype)
             ops.reduce(received, layout.stride, world, 1.0, shard, expected)
             assert torch.equal(out, expected)
+
+            # On two levels, as FSDP has its gradients reduced, with the codec of this turn between the nodes.
+            for route in _routes(world)[1:]:
+                pair = (sr.IntQuant(8, hadamard=codec.format.hadamard), codec)
+                out = torch.full((NUMEL,), 3.0, dtype=dtype)
+                both = reduce_scatter_for(SEGMENTS, NUMEL, pair, dtype, route)
+                both.launch(out, everyones[rank], dist.ReduceOp.SUM, seed=5).wait()
+                spans = [[(part * NUMEL + offset, length) for offset, length in SEGMENTS] for part in range(world)]
+                sums = composed_sums(everyones, pair, 2, 5, spans)[rank]
+                expected = torch.full((NUMEL,), 3.0, dtype=dtype)
+                ops.reduce(sums, sums.shape[1], len(sums), 1.0, shard, expected)
+                assert torch.equal(out, expected), (spelling, dtype)
 
 
 def _segments_in_chunks(rank: int, world: int, chunk_numel: int) -> None:

@@ -9,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import smallreduce as sr
-from fsdp.test_fsdp_exact import fsdp1
 from fsdp.training import Model, fsdp_modules, loss_of, sharded
 from ranks import run
-
-BACKEND = sr.metrics.register_counting_backend()
 
 
 def _arguments(rank: int, world: int) -> None:
@@ -29,6 +26,9 @@ def _arguments(rank: int, world: int) -> None:
         (ValueError, "a pair of codecs", {"gradients": ("int8", "int4", "int2")}),
         (ValueError, "hadamard or neither", {"gradients": ("int8-hadamard", "int4"), "node_size": 1}),
         (ValueError, "dense", {"gradients": ("int8", "topk:0.1"), "node_size": 1}),
+        (ValueError, "gradients: sign is biased", {"gradients": "sign"}),
+        (ValueError, "gradients: topk:0.01 is biased", {"gradients": "topk:0.01"}),
+        (ValueError, "gradients: sign is biased", {"gradients": ("int8", "sign"), "node_size": 1}),
         (ValueError, "node_size must divide", {"gradients": ("int8", "int4"), "node_size": 3}),
         (ValueError, "node_size is for a pair", {"node_size": 2}),
         (ValueError, "IntQuant or Cast", {"weights": "sign"}),
@@ -67,6 +67,12 @@ def _arguments(rank: int, world: int) -> None:
     for other in (nn.Linear(2, 2), Model(), 3):
         with pytest.raises(TypeError, match="fully_shard"):
             sr.fsdp.compress(other)  # type: ignore[arg-type]
+    halves = sharded(policy="fp16-reduce", mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("r", "s"))["s"])
+    for arguments in ({}, {"replicate_gradients": "int8"}):
+        with pytest.raises(ValueError, match=r"reduces in fp16, .* may overflow: give reduce_dtype=torch.float32"):
+            sr.fsdp.compress(halves, replicate_group=group, **arguments)
+    with pytest.raises(ValueError, match="replicate_gradients: sign is biased"):
+        sr.fsdp.compress(halves, replicate_group=group, replicate_gradients="sign")
     # None of this is in the way of what is right.
     state = sr.fsdp.compress(model)
     loss_of(model, rank, 0).backward()
@@ -103,11 +109,13 @@ def _models(rank: int, world: int) -> None:
         sr.fsdp.compress(allocating)
 
     divided = sharded()
-    sr.fsdp.compress(divided)
+    state = sr.fsdp.compress(divided)
     for module in fsdp_modules(divided):
         module.set_gradient_divide_factor(3.0)
-    with pytest.raises(ValueError, match=r"set_force_sum_reduction_for_comms\(True\) on every FSDP module"):
+    named = r"reduces with PREMUL_SUM, as .* set_force_sum_reduction_for_comms\(True\) on every FSDP module"
+    with pytest.raises(ValueError, match=named):
         loss_of(divided, rank, 0).backward()
+    assert all(steps == [0, 0] for steps in state.state_dict()["steps"].values())
 
     # What it says to do does it.
     divided = sharded()
@@ -141,36 +149,3 @@ def _int_reshard(rank: int, world: int) -> None:
 
 def test_resharding_to_a_smaller_mesh() -> None:
     run(_int_reshard, 4)
-
-
-def _fsdp1(rank: int, world: int) -> None:
-    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
-        model = fsdp1(strategy)
-        state = sr.fsdp.HookState("int4-hadamard")
-        model.register_comm_hook(state, sr.fsdp.hook)
-        sr.metrics.reset()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
-        losses = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            loss = loss_of(model, 0, 0)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
-        stats = state.stats()
-        assert stats.gradients.wire_ratio > 4 and stats.gradients.exact_calls == 0
-        gathered = sr.metrics.sent().get("all_gather", sr.metrics.Sent()).nbytes
-        assert stats.bytes_sent <= sr.metrics.bytes_sent() <= stats.bytes_sent + gathered
-    with pytest.raises(TypeError, match="makes no packets"):
-        sr.fsdp.HookState(sr.RandomBlocks(0.1))
-    with pytest.raises(TypeError, match="process_group"):
-        sr.fsdp.HookState("int4", 3)  # type: ignore[arg-type]
-    disagreeing = fsdp1(ShardingStrategy.FULL_SHARD)
-    disagreeing.register_comm_hook(sr.fsdp.HookState("int8" if rank else "int4"), sr.fsdp.hook)
-    with pytest.raises(RuntimeError, match=r"int4.*int8"):
-        loss_of(disagreeing, rank, 0).backward()
-
-
-def test_hook_of_fsdp1() -> None:
-    run(_fsdp1, 2, backend=BACKEND)
