@@ -37,7 +37,8 @@ class Stats:
     """What :meth:`smallreduce.fsdp.State.stats` returns; of this rank and this object, not of a loaded state.
 
     Attributes:
-        world_size: Ranks of the shard group. With one, torch calls no collective, so nothing is sent or compressed.
+        world_size: Ranks of the shard group; where modules have several, of the largest. With one, torch gathers and
+            scatters nothing.
         replicas: Ranks of the replicate group; 1 without one.
         weights, gradients, between_replicas: The legs.
         partial_reductions: Reductions in which some trainable parameters of the module had no gradient. torch does not
@@ -88,7 +89,8 @@ class Stats:
             f"{self.kept_nbytes} of weights kept"
         ]
         if self.world_size == 1:
-            lines.append("shard group of one rank: torch gathers and scatters nothing, so nothing is compressed")
+            what = "nothing" if self.between_replicas.codec is None else "nothing but what goes between replicas"
+            lines.append(f"shard group of one rank: torch gathers and scatters nothing, so {what} is compressed")
         names = ("weights", "gradients", "between replicas")
         for name, leg in zip(names, self._legs, strict=True):
             if leg.calls:

@@ -188,7 +188,7 @@ class Bucket:
                 "hands: give fully_shard the one-dimensional shard mesh, and smallreduce.fsdp.compress replicate_group="
             )
         if getattr(group, "_all_reduce_hook", None) is not None:
-            return "has an all-reduce hook of its own: compress a model before set_all_reduce_hook, or without"
+            return "has an all-reduce hook of its own: compress a model without set_all_reduce_hook"
         if group.device.type not in ("cpu", "cuda"):
             return f"is on {group.device}; compressed collectives take CPU and CUDA tensors"
         for what, comm in (("all-gather", group._all_gather_comm), ("reduce-scatter", group._reduce_scatter_comm)):
