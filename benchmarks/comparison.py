@@ -120,7 +120,6 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
     trained = prepare(method, model, args)
     generator = torch.Generator().manual_seed(seed * world_size + rank)
     sampler = batches(training, batch=args.batch, context=args.context, generator=generator)
-    compute_every = max(1, (args.steps - args.warmup_steps) // args.compute_steps)
     seconds: list[float] = []
     compute: list[float] = []
     losses: list[tuple[int, float]] = []
@@ -137,22 +136,20 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
         backward = backward_seconds(trained.module, trained.optimizer, batch)
         update = update_seconds(trained.optimizer)
         seconds.append(backward + update)
-        compute_now = timed and (number - args.warmup_steps) % compute_every == 0
-        evaluate_now = (number + 1) % args.eval_every == 0 or number + 1 == args.steps
-        if compute_now or evaluate_now:  # the next step cannot hide what this one has left under way
+        if (number + 1) % args.eval_every == 0 or number + 1 == args.steps:
             start = time.perf_counter()
-            trained.settle()
+            trained.settle()  # the next step cannot hide what this one has left under way
             seconds[-1] += time.perf_counter() - start
-        if compute_now:
-            dist.barrier()
-            compute.append(trained.compute(batch, update))
-        if evaluate_now:
             sent, passed = traffic()
             if timed:
                 sent_nbytes, link_nbytes = sent_nbytes + sent, link_nbytes + passed
             # By all ranks: where they share the parameters, none can do it alone.
             losses.append((number + 1, evaluate(trained.module, validation, context=args.context)))
             traffic()
+    # In a phase of its own: it would take from a step what the one before has left under way.
+    for _ in range(args.compute_steps):
+        dist.barrier()
+        compute.append(trained.compute(batch, update))
     most_sent = torch.tensor([sent_nbytes, link_nbytes])
     dist.all_reduce(most_sent, dist.ReduceOp.MAX)
     with trained.whole():
@@ -268,7 +265,9 @@ def make_parser(text: str | None, methods: Sequence[str]) -> argparse.ArgumentPa
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup-steps", type=int, default=5, help="left out of times and bytes")
-    parser.add_argument("--compute-steps", type=int, default=10, help="to measure the step without communication")
+    parser.add_argument(
+        "--compute-steps", type=int, default=10, help="how often to time the step without communication"
+    )
     parser.add_argument("--eval-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)

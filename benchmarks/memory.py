@@ -41,7 +41,8 @@ from sharded import FSDP2S, KEEP, METHODS, SDP4BITS, prepare
 from train_gpt import batches, load_corpus  # comparison.py has put its folder on the path
 
 DEFAULT_METHODS = (
-    "ddp", "zero", "fsdp2", "fsdp2-int4", "fsdp2-two-level", "fsdp2-int4-loco", "sdp4bit-exact", "sdp4bit",
+    "ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets",
+    "fsdp2-differences", "fsdp2-int4-loco", "sdp4bit-exact", "sdp4bit",
 )  # fmt: skip
 LOCO_BITS = sr.IntQuant(8).bits_per_element  # of an element's residual with feedback="int8"
 # Tensors of a page and more are mapped one by one, and what the heap has left over goes back.
@@ -50,7 +51,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096",
 
 @dataclass(frozen=True)
 class Lasting:
-    """Bytes that a rank holds from step to step. ``gradients`` includes the buckets that they are sent from."""
+    """Bytes that a rank holds from step to step. ``gradients`` includes DDP's buckets."""
 
     weights: int
     gradients: int
@@ -82,19 +83,22 @@ def lasting(method: str, parameters: int, world_size: int) -> Lasting:
     whole, part = 4 * parameters, 4 * parameters // world_size
     if method == "ddp":
         return Lasting(whole, 2 * whole, 2 * whole, 0)
+    if method == "ddp-int4":  # all of the parameters, though those of one dimension have no residuals
+        return Lasting(whole, 2 * whole, 2 * whole, whole + part)
     if method == "zero":
         return Lasting(whole, 2 * whole, 2 * part, 0)
     if method in SDP4BITS:
         sdp4bit = SDP4BITS[method]
-        # The master of the rank's part is a copy where the weights that all hold are another thing. The reduced
-        # gradients of that part are one, where the buffers that they are sent from do not become them.
+        # The master of the rank's part is a copy where the weights that all hold are another thing. Exact gradients are
+        # reduced whole, on the CPU.
         master = 0 if sdp4bit.weights is None else part
-        reduced = 0 if sdp4bit.gradients is None else part
-        return Lasting(whole + master, whole + reduced, 2 * part, 0)
+        return Lasting(whole + master, whole if sdp4bit.gradients is None else part, 2 * part, 0)
     told = FSDP2S[method.removesuffix(KEEP)]
     residuals = {None: 0, "int8": LOCO_BITS / 8, "full": 4}[told.feedback]
-    packets = int(parameters * sr.IntQuant(8).bits_per_element / 8) if told.keep_packets else 0
-    return Lasting(part + packets, part, 2 * part, int(residuals * parameters))
+    kept = int(parameters * sr.IntQuant(8).bits_per_element / 8) if told.keep_packets else 0
+    if told.differences:
+        kept = whole + part  # what all ranks have, and of which weights of the rank's own that is
+    return Lasting(part + kept, part, 2 * part, int(residuals * parameters))
 
 
 def status_nbytes(name: str) -> int:

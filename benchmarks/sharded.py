@@ -7,12 +7,14 @@ Model, corpus, schedule and figures are those of ``training.py``, whose program 
 them with AdamW:
 
 ddp                     DistributedDataParallel
+ddp-int4                the same with ``sr.ddp.register(model, "int4")``
 zero                    torch's ZeroRedundancyOptimizer, under DistributedDataParallel
 fsdp2                   torch's fully_shard of every block and of the whole
 fsdp2-int4              the same under ``sr.fsdp.compress``: gradients in int4-hadamard, weights in int8
 fsdp2-two-level         gradients in int8-hadamard inside a node and int4-hadamard between nodes, weights in int8,
                         both on two levels
 fsdp2-packets           the same, with the weights' packets kept from the forward pass for the backward pass
+fsdp2-differences       gradients as with fsdp2-two-level, weights as 4-bit differences
 fsdp2-int4-loco         as fsdp2-int4, with the error feedback of LoCo, whose residual is kept in 8 bits
 sdp4bit                 ``sr.optim.SDP4Bit``: two-level gradients, 4-bit differences of weights
 sdp4bit-exact           without compression; and with one part of it alone:
@@ -25,7 +27,7 @@ sdp4bit-plain-gradients the same without the Hadamard transform
 (``reshard_after_forward=False``).
 
 compute    is the forward and backward pass of the same model on each rank alone, without any wrapper, and AdamW on as
-           many parameters as a rank updates: all with ddp, else their number divided by that of the ranks
+           many parameters as a rank updates: all with DDP, else their number divided by that of the ranks
 sent       counts what a rank sends inside its node too; "link" is what the node's network device sent, all included
 loss       is compared with that of ddp, times and bytes are with those of fsdp2
 """
@@ -76,6 +78,7 @@ class FSDP2:
     weights: str | None = None
     feedback: str | None = None
     keep_packets: bool = False
+    differences: bool = False
 
     @property
     def compresses(self) -> bool:
@@ -92,11 +95,13 @@ class SDP4Bit:
 
 
 KEEP = "-keep"
+DDPS = {"ddp": None, "ddp-int4": "int4"}
 FSDP2S = {
     "fsdp2": FSDP2(),
     "fsdp2-int4": FSDP2("int4-hadamard", "int8"),
     "fsdp2-two-level": FSDP2(("int8-hadamard", "int4-hadamard"), "int8"),
     "fsdp2-packets": FSDP2(("int8-hadamard", "int4-hadamard"), "int8", keep_packets=True),
+    "fsdp2-differences": FSDP2(("int8-hadamard", "int4-hadamard"), WEIGHTS, differences=True),
     "fsdp2-int4-loco": FSDP2("int4-hadamard", "int8", "int8"),
 }
 SDP4BITS = {
@@ -107,8 +112,11 @@ SDP4BITS = {
     "sdp4bit-gradients": SDP4Bit(gradients=TWO_LEVEL),
     "sdp4bit-plain-gradients": SDP4Bit(gradients=("int8:group=128", "int4:group=128")),
 }
-METHODS = ("ddp", "zero", *FSDP2S, *(f"{method}{KEEP}" for method in FSDP2S), *SDP4BITS)
-DEFAULT_METHODS = ("ddp", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets", "sdp4bit")
+METHODS = ("ddp", "ddp-int4", "zero", *FSDP2S, *(f"{method}{KEEP}" for method in FSDP2S), *SDP4BITS)
+DEFAULT_METHODS = (
+    "ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets",
+    "fsdp2-differences", "sdp4bit-exact", "sdp4bit",
+)  # fmt: skip
 
 
 class Alone:
@@ -163,10 +171,12 @@ def shard(model: GPT, reshard_after_forward: bool) -> None:
 def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
     """Makes ``model`` one that ``method`` trains; all ranks call it."""
     options: dict[str, Any] = dict(lr=args.lr, **ADAMW)
-    compute = Alone(args, 1 if method == "ddp" else dist.get_world_size())
+    compute = Alone(args, 1 if method in DDPS else dist.get_world_size())
     optimizer: torch.optim.Optimizer
-    if method == "ddp":
+    if method in DDPS:
         ddp = DistributedDataParallel(model)
+        if DDPS[method] is not None:
+            sr.ddp.register(ddp, DDPS[method])
         return Trained(ddp, torch.optim.AdamW(ddp.parameters(), **options), compute)
     if method == "zero":
         ddp = DistributedDataParallel(model)
@@ -195,6 +205,7 @@ def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
             weights=fsdp2.weights,
             feedback=fsdp2.feedback,
             keep_packets=fsdp2.keep_packets,
+            differences=fsdp2.differences,
             node_size=args.node_size if isinstance(fsdp2.gradients, tuple) else None,
         )
     optimizer = torch.optim.AdamW(model.parameters(), **options)

@@ -142,6 +142,8 @@ def training_table(document: Document, times_against: str, loss_against: str) ->
     seeds = len({run["seed"] for run in document["rows"]})
     plain = runs.get(times_against)
     with_link = first.get("link_nbytes_per_step") is not None
+    # After the few steps that are timed on a limited link losses say nothing.
+    with_losses = document["link_rate"] in (None, "none")
 
     def cells(method: str, of_method: list[Row]) -> list[str]:
         losses = [run["validation_loss"] for run in of_method]
@@ -157,16 +159,24 @@ def training_table(document: Document, times_against: str, loss_against: str) ->
             f"{sent / 1e6:.3f}",
             "" if plain is None else f"{plain[0]['sent_nbytes_per_step'] / sent:.1f}",
             *([f"{of_method[0]['link_nbytes_per_step'] / 1e6:.3f}"] if with_link else []),
-            f"{mean_loss(of_method):.4f}" + (f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""),
-            # DGC is SGD with momentum, here at AdamW's learning rate: its loss says nothing.
-            "" if loss_against not in runs or method == "dgc" else f"{relative_loss(runs, method, loss_against):+.2%}",
+            *(loss_cells(method, losses) if with_losses else []),
             str(sum(run["wrong"] for run in of_method)),
+        ]
+
+    def loss_cells(method: str, losses: list[float]) -> list[str]:
+        mean, extremes = f"{mean_loss(runs[method]):.4f}", f" ({min(losses):.4f}-{max(losses):.4f})"
+        # DGC is SGD with momentum, here at AdamW's learning rate: its loss says nothing.
+        compared = loss_against in runs and method != "dgc"
+        return [
+            mean + (extremes if len(losses) > 1 else ""),
+            f"{relative_loss(runs, method, loss_against):+.2%}" if compared else "",
         ]
 
     table = markdown(
         [
             "method", "step, ms", "compute, ms", "exposed, ms", "speed-up", "MB sent", "ratio",
-            *(["MB on the link"] if with_link else []), "validation loss", f"against {loss_against}", "wrong",
+            *(["MB on the link"] if with_link else []),
+            *(["validation loss", f"against {loss_against}"] if with_losses else []), "wrong",
         ],
         (cells(method, of_method) for method, of_method in runs.items()),
     )  # fmt: skip
@@ -202,12 +212,21 @@ def sharded_section(document: Document) -> str:
             verdicts.append(
                 f"`{method}`: {times:.1f} times as fast as `fsdp2`, "
                 + (f"target 4 ({'met' if times >= 4 else 'missed'})." if share < 0.1 else "no target.")
+                + weights_whole(runs, method)
             )
         verdicts = [
             f"Computing takes {share:.1%} of the step of `fsdp2`; the target is for less than a tenth.",
             "\n".join(f"* {verdict}" for verdict in verdicts),
         ]
     return "\n\n".join([training_table(document, "fsdp2", "ddp"), *verdicts])
+
+
+def weights_whole(runs: dict[str, list[Row]], method: str) -> str:
+    """Against the stock method that holds as much: whole weights, and the optimizer's state in parts."""
+    if method != "sdp4bit" or "zero" not in runs:
+        return ""
+    times = step_seconds(runs["zero"]) / step_seconds(runs[method])
+    return f" {times:.1f} times as fast as `zero`, which holds as much."
 
 
 def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
@@ -235,9 +254,9 @@ def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
 
 
 def compressing(runs: dict[str, list[Row]]) -> list[str]:
-    """The methods that compress, in their order."""
-    stock = ("ddp", "zero", "fsdp2", "fsdp2-keep", "sdp4bit-exact")
-    return [method for method in runs if method not in stock]
+    """The methods that shard and compress, in their order."""
+    others = ("ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "sdp4bit-exact")
+    return [method for method in runs if method not in others]
 
 
 def memory_section(document: Document) -> str:

@@ -45,7 +45,9 @@ def test_a_rank_holds_what_is_computed(tmp_path: Path) -> None:
         ("fsdp2-two-level-keep", 1 + 1 + 2 + 0),
         ("fsdp2-int4-loco", 1 + 1 + 2 + (8 + 16 / 128) / 8),
         ("sdp4bit-exact", 4 + 4 + 2 + 0),
-        ("sdp4bit", (4 + 1) + (4 + 1) + 2 + 0),
+        ("sdp4bit", (4 + 1) + 1 + 2 + 0),
+        ("fsdp2-differences", (1 + 4 + 1) + 1 + 2 + 0),
+        ("ddp-int4", 4 + (4 + 4) + 8 + (4 + 1)),
     ],
 )
 def test_what_lasts(method: str, of_a_parameter: float) -> None:

@@ -69,22 +69,37 @@ COLLECTIVES = {
 def test_a_training_table() -> None:
     rows = tables.training_section(TRAINING).splitlines()
     assert "1.50 M parameters, 4 steps, 4 ranks, 3 seed(s), links of 100 Mb/s." in rows
+    assert "| `ddp` | 1000 (200-300) | 100 | 900 | 1.00 | 9.000 | 1.0 | 0 |" in rows
+    assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 0 |" in rows
+
+
+def test_a_training_table_has_losses_where_the_link_is_not_limited() -> None:
+    rows = tables.training_section({**TRAINING, "link_rate": None}).splitlines()
     assert "| `ddp` | 1000 (200-300) | 100 | 900 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
     assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
+    dgc = {**TRAINING, "link_rate": None, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
+    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in tables.training_section(dgc)
 
 
 def test_the_verdict_on_dgc() -> None:
     met = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
     text = "`dgc`: 30.0 ms exposed, `ddp` 900 ms; target a thirtieth (met)."
     assert tables.training_section(met).endswith(text)
-    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in tables.training_section(met)
+    assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 0 |" in tables.training_section(met)
     missed = {**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.131, 9.0, 1e4)]}
     assert tables.training_section(missed).endswith("(missed).")
     assert "thirtieth" not in tables.training_section({**met, "link_rate": "1gbit"})
 
 
 def sharded(compute: float, link_rate: str | None) -> dict[str, Any]:
-    steps = {"ddp": (1.0, 2.0), "fsdp2": (2.0, 2.0), "fsdp2-int4": (0.5, 2.004), "sdp4bit": (0.8, 2.02)}
+    steps = {
+        "ddp": (1.0, 2.0),
+        "ddp-int4": (0.5, 2.0),
+        "zero": (1.6, 2.0),
+        "fsdp2": (2.0, 2.0),
+        "fsdp2-int4": (0.5, 2.004),
+        "sdp4bit": (0.8, 2.02),
+    }
     rows = [
         {
             **run(method, 0, step, loss, 4e6 * step),
@@ -98,11 +113,12 @@ def sharded(compute: float, link_rate: str | None) -> dict[str, Any]:
 
 def test_a_sharded_table_compares_times_with_fsdp2() -> None:
     text = tables.sharded_section(sharded(0.1, "100mbit"))
-    assert "| `fsdp2-int4` | 500 (200-300) | 100 | 400 | 4.00 | 2.000 | 4.0 | 2.500 | 2.0040 | +0.20% | 0 |" in text
+    assert "| `fsdp2-int4` | 500 (200-300) | 100 | 400 | 4.00 | 2.000 | 4.0 | 2.500 | 0 |" in text
     assert text.endswith(
         "Computing takes 5.0% of the step of `fsdp2`; the target is for less than a tenth.\n\n"
         "* `fsdp2-int4`: 4.0 times as fast as `fsdp2`, target 4 (met).\n"
-        "* `sdp4bit`: 2.5 times as fast as `fsdp2`, target 4 (missed)."
+        "* `sdp4bit`: 2.5 times as fast as `fsdp2`, target 4 (missed). "
+        "2.0 times as fast as `zero`, which holds as much."
     )
     assert "as `fsdp2`, no target." in tables.sharded_section(sharded(0.2, "100mbit"))
     assert "--ranks 4 --rate 100mbit --ranks-per-node 2 -- python" in tables.where(sharded(0.1, "100mbit"))

@@ -57,7 +57,8 @@ def test_bytes_are_those_of_the_method(runs: dict[str, comparison.Run]) -> None:
     expected = 2 * once + 4 * block_parameters * 3 / 4
     assert runs["fsdp2"].sent_nbytes_per_step == pytest.approx(expected, rel=1e-3)
     assert runs["fsdp2-keep"].sent_nbytes_per_step == pytest.approx(2 * once, rel=1e-3)
-    for method in ("fsdp2-int4", "fsdp2-two-level", "fsdp2-int4-loco", "sdp4bit"):
+    # Without the first gather of differences, which is exact: it is not among the timed steps.
+    for method in ("fsdp2-int4", "fsdp2-two-level", "fsdp2-differences", "fsdp2-int4-loco", "sdp4bit"):
         assert runs[method].sent_nbytes_per_step < runs["fsdp2"].sent_nbytes_per_step / 4, method
 
 
@@ -85,4 +86,4 @@ def test_computing_alone_sends_nothing(runs: dict[str, comparison.Run]) -> None:
 def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sharded.parse_arguments(["--methods", "fsdp3"])
-    assert "no method is called 'fsdp3'; there are ddp, zero, fsdp2" in capsys.readouterr().err
+    assert "no method is called 'fsdp3'; there are ddp, ddp-int4, zero, fsdp2" in capsys.readouterr().err
