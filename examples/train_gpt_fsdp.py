@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--gradients", type=codec_of, default="int4-hadamard", help="codec; none; or two: inside and between nodes")
     add("--weights", type=codec_of, default="int8", help="codec, or none (default: int8)")
+    add("--differences", action="store_true", help="send what weights have changed by (--weights int4 will do then)")
     add("--node-size", type=int, help="ranks of a node, for two codecs (default: as torchrun has it)")
     add("--feedback", choices=["int8", "full"], help="error feedback of the gradients (default: none)")
     add("--steps", type=int, default=300, help="length of the run, what was done before a resume included")
@@ -96,7 +97,12 @@ def main() -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     compression = sr.fsdp.compress(
-        model, gradients=args.gradients, weights=args.weights, feedback=args.feedback, node_size=args.node_size
+        model,
+        gradients=args.gradients,
+        weights=args.weights,
+        feedback=args.feedback,
+        node_size=args.node_size,
+        differences=args.differences,
     )
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
 

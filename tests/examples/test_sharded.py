@@ -38,6 +38,7 @@ def loss_in(output: str, step: int) -> float:
     "program, arguments, said",
     [
         ("train_gpt_fsdp.py", ["--feedback=int8"], "gradients: int4-hadamard"),
+        ("train_gpt_fsdp.py", ["--weights=int4", "--differences"], "weights: int4"),
         ("train_gpt_sdp4bit.py", [], "10 steps on 2 ranks"),
     ],
 )
