@@ -14,7 +14,7 @@ import itertools
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -329,9 +329,10 @@ class StreamChannel(Channel):
 
     error: Tensor
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, generation: int) -> None:
         super().__init__(NcclLinks(group))
         self.device = device
+        self._generation = generation
         self._stream = torch.cuda.Stream(device)
         self._clones: list[list[dist.ProcessGroup]] = []
         with torch.cuda.stream(self._stream):
@@ -339,7 +340,8 @@ class StreamChannel(Channel):
         self._refused = torch.zeros(1, dtype=torch.int32).pin_memory()  # what it was after the last collective
 
     def subset(self, ranks: Sequence[int], name: str) -> Links:
-        clone = _clone(self.links.group, ranks, self.device, name)
+        # The store remembers the NCCL id of a clone under its name, also when the clone has been destroyed.
+        clone = _clone(self.links.group, ranks, self.device, f"{self._generation}/{name}")
         self._clones.append([clone])
         return NcclLinks(clone)
 
@@ -440,7 +442,8 @@ def _destroy_elsewhere(clones: list[list[dist.ProcessGroup]]) -> None:
 
 # Weak keys: a channel does not keep its group alive, and goes with it.
 _channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Channel]] = weakref.WeakKeyDictionary()
-_generations: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+# How many channels there have been, for each type of device: it is the same on all ranks.
+_generations: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
 _open_channels: weakref.WeakSet[ThreadedChannel] = weakref.WeakSet()
 
 
@@ -466,12 +469,13 @@ def channel_of(group: dist.ProcessGroup | None, device: torch.device) -> Channel
 def _open(group: dist.ProcessGroup, device: torch.device) -> Channel:
     devices = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
     backend = devices.get(device.type)
+    opened = _generations.setdefault(group, Counter())
     if device.type == "cpu" and backend is not None:
-        generation = _generations.get(group, 0)
-        _generations[group] = generation + 1
-        return ThreadedChannel(group, generation)
+        opened["cpu"] += 1
+        return ThreadedChannel(group, opened["cpu"] - 1)
     if device.type == "cuda" and backend == "nccl":
-        return StreamChannel(group, device)
+        opened["cuda"] += 1
+        return StreamChannel(group, device, opened["cuda"] - 1)
     raise ValueError(
         f"tensors on {device} need a process group with "
         f"{'the nccl backend for cuda' if device.type == 'cuda' else 'a backend for cpu, such as gloo'}; "
