@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import smallreduce as sr
@@ -15,6 +17,7 @@ from ddp.training import equal, same_on_all_ranks
 from optim.sdp4bit_reference import Reference
 from optim.sdp4bit_training import EXACT, GIVEN_BUCKET_MB, MOMENTUM, Case, given_gradients, given_model, train_sdp4bit
 from ranks import run
+from smallreduce import ops
 from smallreduce.optim._sdp4bit_bucket import assign
 
 BACKEND = sr.metrics.register_counting_backend()
@@ -71,6 +74,49 @@ def _matches_reference(rank: int, world: int, node_size: int, dtype: torch.dtype
 )
 def test_steps_are_those_of_the_paper(world: int, node_size: int, dtype: torch.dtype, optimizer: Any) -> None:
     run(_matches_reference, world, node_size, dtype, optimizer)
+
+
+def _random_bits(rank: int, world: int) -> None:
+    # No two roundings may use the same bits: those of stages, ranks, buckets, passes and steps.
+    used: dict[str, set[tuple[int, int]]] = {}
+
+    def recording(name: str) -> Any:
+        function = getattr(ops, name)
+        signature = inspect.signature(function)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            given = signature.bind(*args, **kwargs).arguments
+            used.setdefault(name, set()).add((given["seed"], int(given["step"])))
+            function(*args, **kwargs)
+
+        return call
+
+    model = given_model()
+    optimizer = sr.optim.SDP4Bit(
+        model, torch.optim.SGD, lr=0.1, bucket_cap_mb=GIVEN_BUCKET_MB, node_size=2, weights="int4:rounding=stochastic"
+    )
+    passes, steps = 6, 3
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("encode", "reduce_encode", "encode_difference"):
+            patch.setattr(ops, name, recording(name))
+        for number in range(passes):
+            model(given_gradients(rank, number)).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        optimizer.synchronize()
+    buckets = len(optimizer._buckets)
+    assert {name: len(of) for name, of in used.items()} == {
+        "encode": passes * buckets, "reduce_encode": passes * buckets, "encode_difference": steps * buckets,
+    }  # fmt: skip
+    everyones: list[Any] = [None] * world
+    dist.all_gather_object(everyones, used)
+    each = [of for one in everyones for of in one.values()]
+    assert len(set().union(*each)) == sum(map(len, each))
+
+
+def test_no_two_roundings_use_the_same_bits() -> None:
+    run(_random_bits, 4)
 
 
 def _stuck(rank: int, world: int) -> None:
