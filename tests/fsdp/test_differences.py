@@ -82,14 +82,16 @@ def _sum(known: list[Tensor], now: list[Tensor], codec: Any, number: int, world:
     ]
 
 
-def _transcription(rank: int, world: int, policy: str, spelling: str) -> None:
+def _transcription(rank: int, world: int, policy: str, spelling: str, node_size: int | None) -> None:
     codec, dtype = sr.codec(spelling), POLICIES[policy].param_dtype or torch.float32
     assert isinstance(codec, sr.IntQuant)
     model = fully_shard(Given(SHAPES), mp_policy=POLICIES[policy])
-    state = sr.fsdp.compress(model, None, codec, differences=True, seed=SEED)
+    gradients = None if node_size is None else ("int8", "int4")
+    state = sr.fsdp.compress(model, gradients, codec, differences=True, seed=SEED, node_size=node_size)
     known = [weight.to(dtype) for weight in _whole(model)]
     assert equal(_seen(model), known)  # the first are exact
     for number in range(3):
+        model([torch.zeros(shape) for shape in SHAPES]).backward()  # the next step
         _touch(model, 0.1, seed=number + 1)
         known = _sum(known, [weight.to(dtype) for weight in _whole(model)], codec.with_feedback(), number, world)
         assert equal(_seen(model), known), number
@@ -98,22 +100,23 @@ def _transcription(rank: int, world: int, policy: str, spelling: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "policy", "spelling"),
+    ("world", "policy", "spelling", "node_size"),
     [
-        (2, "fp32", "int4"),
-        (3, "bf16", "int8:group=64"),
-        (3, "fp32", "int2:rounding=stochastic"),
-        (4, "bf16", "int4:rounding=stochastic"),
+        (2, "fp32", "int4", None),
+        (3, "bf16", "int8:group=64", None),
+        (3, "fp32", "int2:rounding=stochastic", None),
+        (4, "bf16", "int4:rounding=stochastic", 2),
     ],
 )
-def test_the_operators_give_the_same(world: int, policy: str, spelling: str) -> None:
-    run(_transcription, world, policy, spelling)
+def test_the_operators_give_the_same(world: int, policy: str, spelling: str, node_size: int | None) -> None:
+    run(_transcription, world, policy, spelling, node_size)
 
 
 def _catches_up(rank: int, world: int) -> None:
     model = fully_shard(Given([(64, 33)]))
     sr.fsdp.compress(model, None, "int4:group=32", differences=True)
     _seen(model)
+    model([torch.zeros(64, 33)]).backward()  # the next step
     _touch(model, 1.0, seed=rank)
     lost = []
     for _ in range(5):
@@ -165,7 +168,8 @@ def _once_for_each_change(rank: int, world: int) -> None:
         with torch.inference_mode():
             model(x)
         model(x).backward()
-        assert sent() == exact + 4 * asked + 2 * difference
+        # Weights that have changed out of turn travel exactly.
+        assert sent() == 2 * exact + 4 * asked + difference
         now = [*model.first.seen]
         assert all(torch.equal(weight, now[0]) for weight in now) and not torch.equal(now[0], saw[0])
 
@@ -173,7 +177,10 @@ def _once_for_each_change(rank: int, world: int) -> None:
         _touch(model, 0.1, seed=1)
         with pytest.raises(RuntimeError, match=r"weights of (first|second) have changed since the latest forward pass"):
             late.backward()
-        assert state.stats().bytes_sent == sr.metrics.bytes_sent()
+        stats = state.stats()
+        assert stats.bytes_sent == sr.metrics.bytes_sent()
+        # Each pass gathers each unit once more in backward, of which that of the last has failed.
+        assert stats.weights.uncompressed_bytes == stats.weights.calls * exact // 2
 
 
 def test_weights_travel_once_for_each_change() -> None:
@@ -222,6 +229,28 @@ def test_what_is_frozen_travels_once() -> None:
     run(_frozen, 2)
 
 
+def _out_of_turn(rank: int, world: int) -> None:
+    # Frozen weights that are loaded after a first pass, and weights that were not finite.
+    model = fully_shard(Given([(40, 8)]))
+    model.requires_grad_(False)
+    state = sr.fsdp.compress(model, None, "int4", differences=True)
+    _seen(model)
+    _touch(model, 100.0)
+    assert equal(_seen(model), _whole(model))
+    model.requires_grad_(True)
+    for value in (torch.nan, 1.0):
+        model([torch.zeros(40, 8)]).backward()
+        with torch.no_grad():
+            model.weights[0].to_local()[0] = value
+        assert not _seen(model)[0].isfinite().all()  # which a difference does not mend
+    state.adopt_weights()
+    assert equal(_seen(model), _whole(model))
+
+
+def test_weights_that_change_out_of_turn_are_gathered_exactly() -> None:
+    run(_out_of_turn, 2)
+
+
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +295,13 @@ def _save(rank: int, world: int, folder: str) -> list[Tensor]:
         {"model": dict(model.named_parameters()), "compression": state.sharded_state_dict()},
         checkpoint_id=f"{folder}/changed",
     )
+    whole = {
+        slot.name: slot.sharded(each.stored()[slot.name]).full_tensor()
+        for each in state._references.values()
+        for slot in each.bucket.slots
+    }
+    if rank == 0:
+        torch.save(whole, f"{folder}/references.pt")
     _train(unbroken, rank, range(3, 5))
     after = shards(model)
     # In either form the run goes on bit for bit, and without the state it does not.
@@ -293,8 +329,14 @@ def _resume(rank: int, world: int, folder: str) -> list[Tensor]:
     made = _make()
     _load(made, f"{folder}/current")
     referred = _referred(made[0])
+    # What travels next is the difference from what was saved: the references are the same, whoever has which part.
     changed = _make()
     _load(changed, f"{folder}/changed")
+    saved = torch.load(f"{folder}/references.pt")
+    for bucket in changed[2]._references.values():
+        for slot in bucket.bucket.slots:
+            own = slot.split(saved[slot.name], world)[rank]
+            assert torch.equal(slot.shard(own), bucket.stored()[slot.name]), slot.name
     _train(changed, rank, range(3, 4))
     return referred
 
@@ -321,6 +363,20 @@ def _refused(rank: int, world: int) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             state.load_state_dict(wrong)
+    # What is wrong on one rank is so on all, and nothing has changed.
+    before = state.state_dict()
+    for wrong, match in (
+        ({**own, "differences": {**own["differences"], "": ["1", 0, True]}}, "differences of"),
+        ({**own, "steps": {**own["steps"], "": [-1, 0]}}, "must not be negative"),
+        ({**own, "format": 1}, "format 2"),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=match):
+            state.load_state_dict(wrong if rank else own)
+        assert state.state_dict()["steps"] == before["steps"]
+    sent = {name: [number + rank, *rest] for name, (number, *rest) in own["differences"].items()}
+    with pytest.raises(RuntimeError, match="do not agree"):
+        state.load_state_dict({**own, "differences": sent})
+    _train(made, rank, range(1, 2))
     direct = sr.fsdp.compress(sharded(policy="bf16"), "int4-hadamard", "int4")
     with pytest.raises(ValueError, match="other modules whose differences travel"):
         direct.load_state_dict(own)

@@ -42,6 +42,7 @@ def _arguments(rank: int, world: int) -> None:
         (TypeError, "differences must be a bool", {"weights": "int8", "differences": "yes"}),
         (ValueError, "not both", {"weights": "int8", "differences": True, "keep_packets": True}),
         (ValueError, "without the Hadamard transform", {"weights": "int4-hadamard", "differences": True}),
+        (ValueError, "differences take IntQuant", {"weights": "fp8-e4m3", "differences": True}),
         (ValueError, "beta", {"beta": 1.0}),
         (TypeError, "beta", {"beta": "0.8"}),
         (ValueError, "reset_every", {"reset_every": 0}),

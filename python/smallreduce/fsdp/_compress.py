@@ -15,8 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, Sign, TopK, as_int
 from smallreduce.codecs import codec as parse_codec
-from smallreduce.collectives import Channel, Count, agree, channel_of
-from smallreduce.collectives._agreement import refuse
+from smallreduce.collectives import Channel, Count, channel_of
 from smallreduce.collectives._levels import Levels, grain_of, node_size_of
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
@@ -26,6 +25,7 @@ from smallreduce.fsdp._replicas import ReplicaReduce
 from smallreduce.fsdp._resharding import Place
 from smallreduce.fsdp._scatter import GradientScatter
 from smallreduce.fsdp._state import State
+from smallreduce.fsdp._together import together
 from smallreduce.fsdp._torch_groups import Bucket, buckets_of
 
 __all__ = ["ResidualMemory", "compress"]
@@ -116,10 +116,11 @@ def compress(
             effect where ``reshard_after_forward=False`` keeps the weights themselves.
         differences: Keep the unsharded weights, in the dtype in which they are gathered, on every rank, and send what a
             rank's own have changed by: four bits lose less of that than of the weights (SDP4Bit, arXiv:2410.15526,
-            Algorithm 2), and what they lose is in the next difference. Weights then travel once in a step; the first,
-            exactly; frozen ones, never again. Rounding left open is to nearest. Without the Hadamard transform; all
-            modules must have one shard group. A backward pass raises where weights have changed since the latest
-            forward pass.
+            Algorithm 2), and what they lose is in the next difference. Weights then travel once in a step; exactly the
+            first time, and where they change before gradients have been reduced again; frozen ones, once in all.
+            ``IntQuant`` only. Rounding left open is to nearest. Without the Hadamard transform; all
+            modules must have one shard group. A backward pass raises where torch tells that weights have changed since
+            the latest forward pass.
         replicate_group: The ranks that hold the same shard of other replicas of the model (HSDP): a process group or a
             one-dimensional mesh; ``fully_shard`` gets the one-dimensional mesh of the shards. Gradients are then
             averaged over the replicas too, each time that they are reduced.
@@ -139,9 +140,10 @@ def compress(
     setup = Count()
     shards = _channels(buckets, [bucket.mesh_group for bucket in buckets])
     # First whether there are replicas at all: where some rank has none, none may wait for it there.
-    replicas = _together(
-        shards, lambda: _process_group(replicate_group), lambda group: f"replicate_group of {_size(group)} ranks", setup
-    )
+    replicas = together(
+        shards, lambda: _process_group(replicate_group), lambda group: f"replicate_group of {_size(group)} ranks",
+        lambda _, channel: shards[channel], setup,
+    )  # fmt: skip
 
     def check() -> _Config:
         if replicas is not None and any(replicas is bucket.mesh_group for bucket in buckets):
@@ -158,31 +160,9 @@ def compress(
             _warn_of_memory(buckets, checked.feedback)
         return checked
 
-    config = _together({**shards, **_channels(buckets, [replicas] * len(buckets))}, check, str, setup)
+    lines = {**shards, **_channels(buckets, [replicas] * len(buckets))}
+    config = together(lines, check, str, lambda _, channel: lines[channel], setup)
     return _install(buckets, config, replicas, setup)
-
-
-def _together(
-    channels: Mapping[Channel, Sequence[str]], prepare: Callable[[], T], text: Callable[[T], str], setup: Count
-) -> T:
-    """What ``prepare`` gives, if it does on all ranks and the text is the same there, and so are the lines of each
-    channel. Whatever is wrong, this rank takes its place wherever others wait for it."""
-    error: Exception | None = None
-    try:
-        prepared = prepare()
-    except Exception as refused:
-        error = refused
-    for channel, lines in channels.items():
-        try:
-            if error is not None:
-                refuse(channel, error)
-            else:
-                agree(channel, f"smallreduce.fsdp: {text(prepared)}", lines, setup)
-        except Exception as disagreement:
-            error = error or disagreement
-    if error is not None:
-        raise error
-    return prepared
 
 
 def _size(group: dist.ProcessGroup | None) -> int:
@@ -257,9 +237,11 @@ def _check(
         if flag and of_weights is None:
             raise ValueError(f"{name} is for compressed weights, and weights is None")
     if differences and of_weights is not None:
+        if not isinstance(of_weights, IntQuant):
+            raise ValueError(f"differences take IntQuant, whose scales follow how small they are, got {of_weights}")
         if keep_packets:
             raise ValueError("differences keep the weights themselves: give keep_packets or differences, not both")
-        if of_weights.format.hadamard:
+        if of_weights.hadamard:
             raise ValueError(f"differences take a codec without the Hadamard transform, got {of_weights}")
         # What a difference loses is in the next one, as with error feedback.
         of_weights = of_weights.with_feedback()
@@ -368,7 +350,18 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
             bucket.module.set_custom_all_gather(gather)  # type: ignore[arg-type]
         if replicas is not None:
             bucket.module.set_all_reduce_hook(ReplicaReduce(bucket, between, steps, replicas))
-    return State(place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup)
+
+    def channels() -> dict[Channel, list[str]]:
+        names: dict[Channel, list[str]] = {}
+        for bucket in buckets:
+            for group in (bucket.mesh_group, replicas):
+                if group is not None and group.size() > 1:
+                    names.setdefault(channel_of(group, bucket.device), []).append(bucket.name)
+        return names
+
+    return State(
+        place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup, channels
+    )
 
 
 def _place(buckets: Sequence[Bucket], replicas: dist.ProcessGroup | None) -> Place:

@@ -23,8 +23,8 @@ class DifferenceGather:
     All ranks keep the weights as they were last decoded, the *reference*; the first are gathered exactly. In a forward
     pass each rank sends by how much its own differ from the reference, to which all add what they decode; so what a
     difference loses is in the next one (SDP4Bit, arXiv:2410.15526, Algorithm 2). A backward pass is given the
-    reference. So is a forward pass before the gradients have been reduced again, if no rank's weights have changed,
-    about which the ranks then ask each other.
+    reference. So is a forward pass before the gradients have been reduced again, about which the ranks then ask each
+    other: if the weights of any have changed meanwhile, all are gathered exactly.
 
     Args:
         bucket: The module's.
@@ -49,9 +49,7 @@ class DifferenceGather:
         self._segments = bucket.segments()
         self._reference: Tensor | None = None
         self._gathered: Tensor | None = None  # this rank's own weights at that step
-        self._restored: tuple[Tensor, bool] | None = (
-            None  # its part of the reference, and whether they have not changed
-        )
+        self._restored: Tensor | None = None  # this rank's part of it, before it is gathered
         self._version: Version | None = None  # that the latest forward pass saw
         self._work: Work | None = None
 
@@ -82,28 +80,21 @@ class DifferenceGather:
         channel = channel_of(group, output_tensor.device)
         channel.check()
         self._settle()
-        version, asked = bucket.version, 0
-        if bucket.in_backward:
-            if self._reference is None or version != self._version:
-                raise RuntimeError(
-                    f"the weights of {bucket.label} have changed since the latest forward pass, and differences do not "
-                    "go back: run the backward pass before they change, or compress without differences"
-                )
-            is_current = True
-        else:
+        version, sent = bucket.version, 0
+        if not bucket.in_backward:
             self._version = version
-            exact = self._begin(input_tensor, group)
-            is_current = self.step == self._progress.step
-            if is_current and not exact:
-                is_current, asked = self._ask(input_tensor, group)
-            self._restored = None
-        assert self._reference is not None and self._gathered is not None
-        if is_current:
+            sent = self._bring_up(input_tensor, group)
+        elif self._reference is None or version != self._version:
+            raise RuntimeError(
+                f"the weights of {bucket.label} have changed since the latest forward pass, and differences do not go "
+                "back: run the backward pass before they change, or compress without differences"
+            )
+        assert self._reference is not None
+        if bucket.in_backward or self.step == self._progress.step:
             output_tensor.copy_(self._reference)
-            leg.count(uncompressed, asked)
+            leg.count(uncompressed, sent)
             return None
-        self._gathered.copy_(input_tensor)
-        self.step = self._progress.step
+        self._note(input_tensor)
         engine, give_back = borrow_engine(
             leg, self._segments, input_tensor.numel(), input_tensor.dtype, channel, self._node_size
         )
@@ -113,7 +104,7 @@ class DifferenceGather:
             after=_then(output_tensor, self._reference, give_back), base=self._part(self._reference),
         )  # fmt: skip
         self.number += 1
-        leg.count(uncompressed, engine.bytes_sent + asked)
+        leg.count(uncompressed, sent + engine.bytes_sent)
         if not async_op and output_tensor.is_cuda:
             # For the stream of torch that this is called on; the host waits for nothing.
             self._work.wait()
@@ -123,27 +114,51 @@ class DifferenceGather:
     def _settle(self) -> None:
         if self._work is not None:
             self._work.wait()
+            self._work = None
 
     def _part(self, whole: Tensor) -> Tensor:
         """This rank's."""
         group = self.bucket.shard_group
         return whole.chunk(group.size())[group.rank()]
 
-    def _begin(self, part: Tensor, group: dist.ProcessGroup) -> bool:
-        """Gathers the reference exactly if there is none. Returns whether that was of the weights as they are."""
-        if self._reference is not None:
-            return False
-        is_first = self._restored is None
-        if is_first:
-            self.step = self._progress.step
-        with torch.inference_mode(False):  # they outlive this pass
-            source = part if self._restored is None else self._restored[0]
-            self._reference = torch.empty(group.size() * part.numel(), dtype=part.dtype, device=part.device)
-            self._gathered = torch.empty_like(self._reference[: part.numel()])
+    def _bring_up(self, part: Tensor, group: dist.ProcessGroup) -> int:
+        """Sees to it that there is a reference, and that it is of the weights as they are where its step is the
+        module's. Returns what was sent for it."""
+        sent = 0
+        if self._reference is None:
+            if self._restored is None:
+                return self._gather_exactly(part, group)
+            self._reference = self._gathered_exactly(self._restored, group)
+            self._restored = None
+            sent = (group.size() - 1) * part.nbytes
+        if self.step == self._progress.step:
+            unchanged, asked = self._ask(part, group)
+            sent += asked
+            if not unchanged:  # out of turn, as by load_state_dict() or an average's: by how much, nobody knows
+                sent += self._gather_exactly(part, group)
+        return sent
+
+    def _gather_exactly(self, part: Tensor, group: dist.ProcessGroup) -> int:
+        self._reference = self._gathered_exactly(part, group)
+        self._note(part)
+        return (group.size() - 1) * part.nbytes
+
+    def _gathered_exactly(self, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        with torch.inference_mode(False):  # it outlives this pass
+            whole = torch.empty(group.size() * part.numel(), dtype=part.dtype, device=part.device)
+        if part.is_cuda:  # what was restored was allocated on another stream
+            part.record_stream(torch.cuda.current_stream(part.device))
+        self._stock(whole, part, group, False)
+        self._leg.exact_calls += 1
+        return whole
+
+    def _note(self, part: Tensor) -> None:
+        """Remembers of which weights the reference is."""
+        if self._gathered is None:
+            with torch.inference_mode(False):
+                self._gathered = torch.empty_like(part)
         self._gathered.copy_(part)
-        self._stock(self._reference, source, group, False)
-        self._leg.count((group.size() - 1) * part.nbytes)
-        return is_first
+        self.step = self._progress.step
 
     def _ask(self, part: Tensor, group: dist.ProcessGroup) -> tuple[bool, int]:
         """Whether no rank's weights have changed, and what asking has sent."""
@@ -153,10 +168,13 @@ class DifferenceGather:
 
     def is_current(self, part: Tensor) -> bool:
         """Whether the reference was brought up to date with ``part``, this rank's weights as they are gathered."""
-        if self._restored is not None:
-            return self._restored[1]
         # Bits, of which those of a NaN equal themselves.
         return self._gathered is not None and torch.equal(self._gathered.view(torch.uint8), part.view(torch.uint8))
+
+    def forget(self) -> None:
+        """Lets go of the reference: the next forward pass gathers it exactly."""
+        self._settle()
+        self.step = self._reference = self._gathered = self._restored = None
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -165,15 +183,21 @@ class DifferenceGather:
         group = self.bucket.shard_group
         if self.step is None or group.size() == 1:
             return False
-        return self._ask(self.bucket.part(), group)[0]
+        unchanged, asked = self._ask(self.bucket.part(), group)
+        self._leg.bytes_sent += asked
+        return unchanged
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Those of this rank's shard of each parameter."""
+        return {slot.name: slot.own_shape for slot in self.bucket.slots}
 
     def stored(self) -> dict[str, Tensor]:
         """This rank's shard of the reference, by parameter, in memory of its own; zeros where there is none yet."""
         self._settle()
-        if self._restored is not None and self._reference is None:
-            part = self._restored[0]
-        elif self._reference is not None:
+        if self._reference is not None:
             part = self._part(self._reference)
+        elif self._restored is not None:
+            part = self._restored
         else:
             part = torch.zeros_like(self.bucket.part())
         return {
@@ -186,18 +210,20 @@ class DifferenceGather:
         whose weights are nobody else's, takes over nothing but the number.
 
         Args:
-            number, step, is_current: Those of when it was stored.
+            number, step, is_current: Those of when it was stored; if it was current, it is of the weights as they are
+                now, which were loaded before.
         """
-        self._settle()
-        if self.bucket.shard_group.size() == 1:
-            step = None
-        self.number, self.step = number, step
-        self._reference = self._gathered = self._restored = None
-        if step is not None:
-            part = torch.zeros_like(self.bucket.part())
-            for slot, (offset, length) in zip(self.bucket.slots, self._segments, strict=True):
-                slot.shard(part[offset : offset + length]).copy_(stored[slot.name])
-            self._restored = part, is_current
+        self.forget()
+        self.number = number
+        if step is None or self.bucket.shard_group.size() == 1:
+            return
+        self.step = step
+        own = self.bucket.part()
+        self._restored = torch.zeros_like(own)
+        for slot, (offset, length) in zip(self.bucket.slots, self._segments, strict=True):
+            slot.shard(self._restored[offset : offset + length]).copy_(stored[slot.name])
+        if is_current:
+            self._gathered = own
 
 
 def _then(output: Tensor, reference: Tensor, give_back: Callable[[], None]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smallreduce._flat_shard import FlatShard
 from smallreduce.codecs import as_int
-from smallreduce.collectives import Count
+from smallreduce.collectives import Channel, Count
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Leg, Progress
@@ -19,10 +19,15 @@ from smallreduce.fsdp._memory import Memory
 from smallreduce.fsdp._resharding import Place, overlaps
 from smallreduce.fsdp._scatter import GradientScatter
 from smallreduce.fsdp._stats import Stats
+from smallreduce.fsdp._together import together
 
 __all__ = ["State"]
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+Loading = tuple[Callable[[], None], Mapping[str, str]]
+"""What loads a state that was checked, and of which steps that is, for each module."""
 
 
 class State:
@@ -45,6 +50,7 @@ class State:
         feedback: str | None,
         seed: int,
         setup: Count,
+        channels: Callable[[], Mapping[Channel, Sequence[str]]],
     ) -> None:
         self._place = place
         self._weights, self._gradients, self._replicas = weights, gradients, replicas
@@ -54,6 +60,7 @@ class State:
         self._feedback = feedback
         self._seed = seed
         self._setup = setup
+        self._channels = channels  # of the groups that this rank is in, with the names of their modules
 
     def __getstate__(self) -> dict[str, Any]:
         """A model's communication is neither pickled nor copied.
@@ -75,7 +82,8 @@ class State:
     @property
     def _given(self) -> dict[str, Any]:
         """Of the arguments those that a state must not differ by."""
-        return {"seed": self._seed, "feedback": self._feedback, "by_differences": bool(self._references)}
+        by_differences = bool(self._references)
+        return {"format": _FORMAT, "seed": self._seed, "feedback": self._feedback, "by_differences": by_differences}
 
     def _stored(self) -> dict[str, Tensor]:
         return {name: tensor for memory in self._memories for name, tensor in memory.stored().items()}
@@ -93,6 +101,12 @@ class State:
             kept_nbytes=sum(gather.nbytes for gather in self._gathers),
             setup_bytes_sent=self._setup.bytes_sent,
         )
+
+    def adopt_weights(self) -> None:
+        """With differences: the next forward pass gathers all weights exactly. To be called by all ranks together where
+        what all have is no good, as after a weight that was not finite."""
+        for each in self._references.values():
+            each.forget()
 
     # ---- one rank's own ---------------------------------------------------------------------------------------------
 
@@ -125,9 +139,16 @@ class State:
         """Takes over what :meth:`state_dict` gave; every rank calls it, between the same two steps. The next steps are
         then those that followed the saving, bit for bit.
 
+        Load the model's weights before.
+
         Raises:
-            ValueError: The state is of another rank, number of ranks, seed, model or feedback, or is none at all.
+            TypeError, ValueError: The state is of another rank, number of ranks, seed, model or feedback, or is none at
+                all. Nothing has changed then.
+            RuntimeError: Another rank refused its state, or has one of another step.
         """
+        self._together(lambda: self._loading(state_dict))
+
+    def _loading(self, state_dict: Mapping[str, Any]) -> Loading:
         given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict)
         if not isinstance(state_dict, Mapping) or given != _FORMAT:
             raise ValueError(f"not a state of smallreduce.fsdp in format {_FORMAT}, got {given!r}")
@@ -139,22 +160,32 @@ class State:
                 f"{_product(mine[1])}: save and load one for each rank; sharded_state_dict() gives a form for others"
             )
         self._check(state_dict, {"seed": self._seed, "feedback": self._feedback})
-        self._load(*(state_dict[key] for key in ("steps", "residuals", "differences", "references")))
+        return self._parse(*(state_dict[key] for key in ("steps", "residuals", "differences", "references")))
+
+    def _together(self, prepare: Callable[[], Loading]) -> None:
+        """Loads what all ranks can load, and what is of the same steps on all."""
+        channels = self._channels()
+
+        def lines(loading: Loading, channel: Channel) -> list[str]:
+            return [f"{name}: {loading[1][name]}" for name in channels[channel]]
+
+        load, _ = together(channels, prepare, lambda loading: "load a state", lines, self._setup)
+        load()
 
     def _check(self, state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         for key, value in own.items():
             if state_dict.get(key) != value:
                 raise ValueError(f"this state has {key} {state_dict.get(key)!r}, but this model has {value!r}")
 
-    def _load(
+    def _parse(
         self,
         steps: Mapping[str, Any],
         residuals: Mapping[str, Tensor],
         differences: Mapping[str, Any],
         references: Mapping[str, Tensor],
-    ) -> None:
+    ) -> Loading:
         shapes = self._shapes(self._place.world_size)
-        own = {name: shard for each in self._references.values() for name, shard in each.stored().items()}
+        own = {name: shape for each in self._references.values() for name, shape in each.shapes().items()}
         for what, given, expected in (
             ("modules", steps, self._progress),
             ("residuals", residuals, shapes),
@@ -171,22 +202,30 @@ class State:
                     f"the residual of {name} must be {numel} elements of {dtype}, got shape {tuple(tensor.shape)} of "
                     f"{tensor.dtype}"
                 )
-        for name, shard in own.items():
-            tensor = references[name]
-            if tensor.dtype != shard.dtype or tensor.shape != shard.shape:
+        for name, shape in own.items():
+            if references[name].shape != shape:
                 raise ValueError(
-                    f"of the weights that all ranks have of {name} this rank's must be of shape {tuple(shard.shape)} "
-                    f"and {shard.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                    f"of the weights that all ranks have of {name} this rank's must be of shape {tuple(shape)}, got "
+                    f"{tuple(references[name].shape)}"
                 )
-        for name, (step, between) in steps.items():
-            self._progress[name].step = as_int(step, f"the step of {name}")
-            self._progress[name].between = as_int(between, f"the step of {name} between replicas")
-        for memory in self._memories:
-            memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
-        for name, (number, step, is_current) in differences.items():
-            at = None if step is None or step < 0 else as_int(step, f"the step of the weights of {name}")
-            number = as_int(number, f"the differences of {name}")
-            self._references[name].restore(references, number, at, bool(is_current))
+        numbers = {name: [_count(one, f"the steps of {name}") for one in pair] for name, pair in steps.items()}
+        counts = {
+            name: (
+                _count(number, f"the differences of {name}"),
+                None if step is None or step == -1 else _count(step, f"the step of the weights of {name}"),
+            )
+            for name, (number, step, _) in differences.items()
+        }
+
+        def load() -> None:
+            for name, (step, between) in numbers.items():
+                self._progress[name].step, self._progress[name].between = step, between
+            for memory in self._memories:
+                memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
+            for name, (number, at) in counts.items():
+                self._references[name].restore(references, number, at, bool(differences[name][2]))
+
+        return load, {name: f"{pair} steps, differences {counts.get(name)}" for name, pair in numbers.items()}
 
     def _shapes(self, world_size: int) -> dict[str, tuple[torch.dtype, int]]:
         """dtype and elements of each stored residual, on each of ``world_size`` ranks of a shard group."""
@@ -262,10 +301,16 @@ class State:
         compresses nothing and owes nothing: from one all residuals begin at zero, and into one they are dropped, with a
         warning.
 
+        Load the model's weights before.
+
         Raises:
-            ValueError: The state is of another model, seed, feedback or way for weights; or of another number of ranks,
-                and gradients are reduced in fp16.
+            TypeError, ValueError: The state is of another model, seed, feedback or way for weights; or of another
+                number of ranks, and gradients are reduced in fp16. Nothing has changed then.
+            RuntimeError: Another rank refused its state, or has one of another step.
         """
+        self._together(lambda: self._loading_sharded(state_dict))
+
+    def _loading_sharded(self, state_dict: Mapping[str, Any]) -> Loading:
         self._check(state_dict, self._given)
         old = Place.of(state_dict["ranks"])
         weights = overlaps(self._place, old)
@@ -302,7 +347,14 @@ class State:
             for key in ("steps", "differences")
         )
         references = {name: shard.to_local() for name, shard in state_dict["references"].items()}
-        self._load(steps, residuals, differences, references)
+        return self._parse(steps, residuals, differences, references)
+
+
+def _count(number: object, name: str) -> int:
+    count = as_int(number, name)
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {count}")
+    return count
 
 
 def _product(ranks: list[int]) -> str:

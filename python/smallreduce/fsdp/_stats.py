@@ -15,7 +15,7 @@ class LegStats:
         codec: Spelling; of both levels, where there are two, as ``"intra, inter"``. None: torch's own collective.
         calls: Of torch for this leg, one for each FSDP module and time that it gathers or reduces.
         exact_calls: Those that took torch's own collective: all without a codec, else those of a dtype that no codec
-            takes.
+            takes, and the first of differences.
         bytes_sent: Payload that this rank sent to others, by the convention of :mod:`smallreduce.metrics`.
         uncompressed_bytes: Payload that torch's own collective would have sent.
     """

@@ -42,10 +42,15 @@ class Slot:
     shard_shape: torch.Size
     _torch: Any
 
+    @property
+    def own_shape(self) -> torch.Size:
+        """Of this rank's shard, without padding."""
+        shape: torch.Size = self._torch.sharded_size
+        return shape
+
     def shard(self, part: Tensor) -> Tensor:
         """Of this parameter's elements in a rank's part: a view of this rank's own shard, without padding."""
-        own: torch.Size = self._torch.sharded_size
-        return part.view(self.shard_shape).narrow(0, 0, own[0])
+        return part.view(self.shard_shape).narrow(0, 0, self.own_shape[0])
 
     def sharded(self, shard: Tensor) -> Tensor:
         """The DTensor that is sharded as the parameter is, and of which this rank has ``shard``."""
