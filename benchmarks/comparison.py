@@ -61,8 +61,8 @@ class Trained:
     Attributes:
         module: To be called with a batch; returns the loss.
         optimizer: Of the parameters of ``module``.
-        compute: Of a batch and of how long the optimizer has just taken: how long the step takes where nothing is
-            compressed or sent. All in seconds.
+        compute: Of a batch and of how long the optimizer has taken: how long the step takes where nothing is compressed
+            or sent. All in seconds.
         whole: Within it the parameters of ``module`` are all of those that a forward pass uses.
         settle: Waits for what a step has left under way.
     """
@@ -121,6 +121,7 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
     generator = torch.Generator().manual_seed(seed * world_size + rank)
     sampler = batches(training, batch=args.batch, context=args.context, generator=generator)
     seconds: list[float] = []
+    updates: list[float] = []
     compute: list[float] = []
     losses: list[tuple[int, float]] = []
     traffic, sent_nbytes, link_nbytes = Traffic(), 0, 0
@@ -136,6 +137,7 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
         backward = backward_seconds(trained.module, trained.optimizer, batch)
         update = update_seconds(trained.optimizer)
         seconds.append(backward + update)
+        updates.append(update)
         if (number + 1) % args.eval_every == 0 or number + 1 == args.steps:
             start = time.perf_counter()
             trained.settle()  # the next step cannot hide what this one has left under way
@@ -147,6 +149,8 @@ def train(method: str, seed: int, args: argparse.Namespace, corpus: tuple[Tensor
             losses.append((number + 1, evaluate(trained.module, validation, context=args.context)))
             traffic()
     # In a phase of its own: it would take from a step what the one before has left under way.
+    update = statistics.median(updates[args.warmup_steps :])
+    trained.compute(batch, update)  # the first makes what it needs
     for _ in range(args.compute_steps):
         dist.barrier()
         compute.append(trained.compute(batch, update))

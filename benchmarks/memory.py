@@ -51,16 +51,18 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096",
 
 @dataclass(frozen=True)
 class Lasting:
-    """Bytes that a rank holds from step to step. ``gradients`` includes DDP's buckets."""
+    """Bytes that a rank holds from step to step. ``gradients`` includes DDP's buckets; ``kept`` is what compression
+    keeps beside residuals: packets that belong to a bucket, and copies of the weights."""
 
     weights: int
     gradients: int
     optimizer: int
     feedback: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.feedback
+        return self.weights + self.gradients + self.optimizer + self.feedback + self.kept
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,18 @@ class Row:
     gradients_nbytes: int
     optimizer_nbytes: int
     feedback_nbytes: int
+    kept_nbytes: int
     computed_nbytes: int
     measured_nbytes: int
 
 
-def lasting(method: str, parameters: int, world_size: int) -> Lasting:
+def lasting(method: str, parameters: int, world_size: int, nodes: int = 1) -> Lasting:
     """What ``method`` holds of a model of ``parameters`` fp32 elements, trained by AdamW with two moments."""
     whole, part = 4 * parameters, 4 * parameters // world_size
     if method == "ddp":
         return Lasting(whole, 2 * whole, 2 * whole, 0)
-    if method == "ddp-int4":  # all of the parameters, though those of one dimension have no residuals
-        return Lasting(whole, 2 * whole, 2 * whole, whole + part)
+    if method == "ddp-int4":  # all of the parameters, though those of one dimension are not compressed
+        return Lasting(whole, 2 * whole, 2 * whole, whole + part, 2 * packets_nbytes("int4", parameters))
     if method == "zero":
         return Lasting(whole, 2 * whole, 2 * part, 0)
     if method in SDP4BITS:
@@ -92,13 +95,25 @@ def lasting(method: str, parameters: int, world_size: int) -> Lasting:
         # The master of the rank's part is a copy where the weights that all hold are another thing. Exact gradients are
         # reduced whole, on the CPU.
         master = 0 if sdp4bit.weights is None else part
-        return Lasting(whole + master, whole if sdp4bit.gradients is None else part, 2 * part, 0)
+        kept = 0 if sdp4bit.weights is None else packets_nbytes(sdp4bit.weights, parameters)
+        if sdp4bit.gradients is not None:
+            # Sent and received; on two levels what is received is read as if it began with each node's in turn.
+            sent = packets_nbytes(sdp4bit.gradients[nodes == world_size], parameters)
+            kept += 2 * sent if nodes in (1, world_size) else sent * (2 * world_size + nodes - 1) // world_size
+        return Lasting(whole + master, whole if sdp4bit.gradients is None else part, 2 * part, 0, kept)
     told = FSDP2S[method.removesuffix(KEEP)]
     residuals = {None: 0, "int8": LOCO_BITS / 8, "full": 4}[told.feedback]
-    kept = int(parameters * sr.IntQuant(8).bits_per_element / 8) if told.keep_packets else 0
+    kept = packets_nbytes("int8", parameters) if told.keep_packets else 0
     if told.differences:
         kept = whole + part  # what all ranks have, and of which weights of the rank's own that is
-    return Lasting(part + kept, part, 2 * part, int(residuals * parameters))
+    return Lasting(part, part, 2 * part, int(residuals * parameters), kept)
+
+
+def packets_nbytes(spelling: str, parameters: int) -> int:
+    """Of all parameters, headers not counted."""
+    codec = sr.codec(spelling)
+    assert codec is not None
+    return int(parameters * codec.bits_per_element / 8)
 
 
 def status_nbytes(name: str) -> int:
@@ -142,7 +157,7 @@ def measure(method: str, args: argparse.Namespace) -> Row:
     most = torch.tensor(peak - before)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     world_size = dist.get_world_size()
-    held = lasting(method, parameters, world_size)
+    held = lasting(method, parameters, world_size, world_size // (args.node_size or world_size))
     return Row(
         method=method,
         world_size=world_size,
@@ -151,6 +166,7 @@ def measure(method: str, args: argparse.Namespace) -> Row:
         gradients_nbytes=held.gradients,
         optimizer_nbytes=held.optimizer,
         feedback_nbytes=held.feedback,
+        kept_nbytes=held.kept,
         computed_nbytes=held.total,
         measured_nbytes=int(most),
     )
@@ -170,7 +186,17 @@ def launch(method: str, arguments: Sequence[str], ranks: int) -> Row:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    header = ["method", "weights", "gradients", "optimizer", "feedback", "computed MB", "measured MB", "rest MB"]
+    header = [
+        "method",
+        "weights",
+        "gradients",
+        "optimizer",
+        "feedback",
+        "kept",
+        "computed MB",
+        "measured MB",
+        "rest MB",
+    ]
     cells = [
         [
             row.method,
@@ -181,6 +207,7 @@ def format_rows(rows: Sequence[Row]) -> str:
                     row.gradients_nbytes,
                     row.optimizer_nbytes,
                     row.feedback_nbytes,
+                    row.kept_nbytes,
                     row.computed_nbytes,
                     row.measured_nbytes,
                     row.measured_nbytes - row.computed_nbytes,

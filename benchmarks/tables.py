@@ -142,25 +142,33 @@ def training_table(document: Document, times_against: str, loss_against: str) ->
     seeds = len({run["seed"] for run in document["rows"]})
     plain = runs.get(times_against)
     with_link = first.get("link_nbytes_per_step") is not None
-    # After the few steps that are timed on a limited link losses say nothing.
+    # After the few steps that are timed on a limited link losses say nothing; nor do times of methods that shard on one
+    # that is not.
     with_losses = document["link_rate"] in (None, "none")
+    with_times = document["benchmark"] != "sharded" or not with_losses
 
     def cells(method: str, of_method: list[Row]) -> list[str]:
         losses = [run["validation_loss"] for run in of_method]
-        step, sent = step_seconds(of_method), of_method[0]["sent_nbytes_per_step"]
-        low = min(run["step_seconds"]["low"] for run in of_method)
-        high = max(run["step_seconds"]["high"] for run in of_method)
+        sent = of_method[0]["sent_nbytes_per_step"]
         return [
             f"`{method}`",
-            f"{1e3 * step:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})",
-            f"{1e3 * compute_seconds(of_method):.0f}",
-            f"{1e3 * exposed_seconds(of_method):.0f}",
-            "" if plain is None else f"{step_seconds(plain) / step:.2f}",
+            *(time_cells(of_method) if with_times else []),
             f"{sent / 1e6:.3f}",
             "" if plain is None else f"{plain[0]['sent_nbytes_per_step'] / sent:.1f}",
             *([f"{of_method[0]['link_nbytes_per_step'] / 1e6:.3f}"] if with_link else []),
             *(loss_cells(method, losses) if with_losses else []),
             str(sum(run["wrong"] for run in of_method)),
+        ]
+
+    def time_cells(of_method: list[Row]) -> list[str]:
+        step = step_seconds(of_method)
+        low = min(run["step_seconds"]["low"] for run in of_method)
+        high = max(run["step_seconds"]["high"] for run in of_method)
+        return [
+            f"{1e3 * step:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})",
+            f"{1e3 * compute_seconds(of_method):.0f}",
+            f"{1e3 * exposed_seconds(of_method):.0f}",
+            "" if plain is None else f"{step_seconds(plain) / step:.2f}",
         ]
 
     def loss_cells(method: str, losses: list[float]) -> list[str]:
@@ -174,7 +182,8 @@ def training_table(document: Document, times_against: str, loss_against: str) ->
 
     table = markdown(
         [
-            "method", "step, ms", "compute, ms", "exposed, ms", "speed-up", "MB sent", "ratio",
+            "method",
+            *(["step, ms", "compute, ms", "exposed, ms", "speed-up"] if with_times else []), "MB sent", "ratio",
             *(["MB on the link"] if with_link else []),
             *(["validation loss", f"against {loss_against}"] if with_losses else []), "wrong",
         ],
@@ -222,11 +231,11 @@ def sharded_section(document: Document) -> str:
 
 
 def weights_whole(runs: dict[str, list[Row]], method: str) -> str:
-    """Against the stock method that holds as much: whole weights, and the optimizer's state in parts."""
+    """Against the stock method that holds whole weights, too, and the optimizer's state in parts."""
     if method != "sdp4bit" or "zero" not in runs:
         return ""
     times = step_seconds(runs["zero"]) / step_seconds(runs[method])
-    return f" {times:.1f} times as fast as `zero`, which holds as much."
+    return f" {times:.1f} times as fast as `zero`, which holds whole weights, too."
 
 
 def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
@@ -261,7 +270,7 @@ def compressing(runs: dict[str, list[Row]]) -> list[str]:
 
 def memory_section(document: Document) -> str:
     first = document["rows"][0]
-    parts = ("weights", "gradients", "optimizer", "feedback", "computed", "measured")
+    parts = ("weights", "gradients", "optimizer", "feedback", "kept", "computed", "measured")
     table = markdown(
         ["method", *parts, "rest", "against `fsdp2`"],
         (

@@ -13,7 +13,7 @@ for ``convergence.py`` to compare. PowerSGD, the codecs and DGC leave the first 
 
 step       seconds of a training step, the slowest rank's, median and spread over the steps after ``--warmup-steps``
 compute    the same with the backward pass under ``no_sync()``, where nothing is compressed or sent: ``--compute-steps``
-           such passes after the last step, whose gradients are thrown away, and the optimizer's time
+           such passes after the last step, whose gradients are thrown away, and the median of the optimizer's times
 exposed    step - compute: the communication and compression that the backward pass does not hide
 sent       payload that a rank sends in a step, counted at the process group (smallreduce.metrics); the most of all
 link       what a node's network device sends in a step, headers and all, under slow_network.py; the most of all

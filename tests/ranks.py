@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -59,6 +60,7 @@ def _serve(connection: Connection) -> None:
     """What a process does: one job after the other, until there are no more."""
     import torch
 
+    faulthandler.enable()  # a crash leaves every thread's traceback
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
         path, environment, *rest = job

@@ -38,17 +38,18 @@ def test_a_rank_holds_what_is_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "method, of_a_parameter",
     [
-        # In bytes: weights, gradients and the buckets that they are sent from, two moments, residuals; on 4 ranks.
+        # In bytes: weights, gradients and the buckets that they are sent from, two moments, residuals, and what else is
+        # kept; on 2 nodes of 2 ranks.
         ("ddp", 4 + (4 + 4) + 8 + 0),
         ("zero", 4 + (4 + 4) + 2 + 0),
         ("fsdp2", 1 + 1 + 2 + 0),
         ("fsdp2-two-level-keep", 1 + 1 + 2 + 0),
         ("fsdp2-int4-loco", 1 + 1 + 2 + (8 + 16 / 128) / 8),
         ("sdp4bit-exact", 4 + 4 + 2 + 0),
-        ("sdp4bit", (4 + 1) + 1 + 2 + 0),
-        ("fsdp2-differences", (1 + 4 + 1) + 1 + 2 + 0),
-        ("ddp-int4", 4 + (4 + 4) + 8 + (4 + 1)),
+        ("sdp4bit", (4 + 1) + 1 + 2 + 0 + (8 + 16 / 128) / 8 * 9 / 4 + (4 + 16 / 2048) / 8),
+        ("fsdp2-differences", 1 + 1 + 2 + 0 + (4 + 1)),
+        ("ddp-int4", 4 + (4 + 4) + 8 + (4 + 1) + 2 * (4 + 16 / 128) / 8),
     ],
 )
 def test_what_lasts(method: str, of_a_parameter: float) -> None:
-    assert memory.lasting(method, 12800, 4).total == 12800 * of_a_parameter
+    assert memory.lasting(method, 1 << 17, 4, nodes=2).total == (1 << 17) * of_a_parameter

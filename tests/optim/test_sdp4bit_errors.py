@@ -21,6 +21,7 @@ def _refuses(rank: int, world: int) -> None:
         ({"weights": "topk:0.1"}, ValueError, "all elements"),
         ({"weights": "random-blocks:0.1"}, TypeError, "makes packets"),
         ({"weights": "int5"}, ValueError, "int5"),
+        ({"weights": "fp8-e4m3"}, ValueError, "smaller than"),
         ({"gradients": ("int8", "int4", "int2")}, ValueError, "got 3"),
         ({"gradients": (None, "int4")}, ValueError, "none or both"),
         ({"gradients": ("int8", "int4-hadamard"), "node_size": 1}, ValueError, "hadamard"),

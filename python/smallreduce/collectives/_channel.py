@@ -29,7 +29,7 @@ from smallreduce.collectives._group import group_of
 from smallreduce.collectives._links import Exchange, GlooLinks, Links, NcclLinks
 from smallreduce.collectives._work import Work
 
-__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Stages", "Start", "channel_of", "is_channel_thread", "shutdown"]
+__all__ = ["Channel", "IN_BACKGROUND", "Disagreement", "Stages", "Start", "channel_of", "is_waited_for", "shutdown"]
 
 _IDLE_KEPT = 4
 
@@ -38,12 +38,22 @@ _thread = threading.local()
 
 
 def _mark_channel_thread() -> None:
-    _thread.is_of_a_channel = True
+    _thread.is_waited_for = True
 
 
-def is_channel_thread() -> bool:
-    """Whether collectives end on the calling thread, which therefore cannot wait for any."""
-    return getattr(_thread, "is_of_a_channel", False)
+@contextmanager
+def _waited_for() -> Iterator[None]:
+    before, _thread.is_waited_for = is_waited_for(), True
+    try:
+        yield
+    finally:
+        _thread.is_waited_for = before
+
+
+def is_waited_for() -> bool:
+    """Whether collectives end on the calling thread, or need a lock that it has, so that it cannot wait for any. What
+    the garbage collector calls may be called on such a thread."""
+    return getattr(_thread, "is_waited_for", False)
 
 
 class Disagreement(RuntimeError):
@@ -246,11 +256,11 @@ class ThreadedChannel(Channel):
         return self._links(self.links.group, ranks, name)
 
     def borrow(self, key: Hashable) -> Any | None:
-        with self._lock:
+        with _waited_for(), self._lock:
             return super().borrow(key)
 
     def keep(self, key: Hashable, engine: Any) -> None:
-        with self._lock:
+        with _waited_for(), self._lock:
             super().keep(key, engine)
 
     def use(self, *tensors: Tensor | None) -> None:

@@ -76,6 +76,8 @@ class Scheme:
             if not 0 < bucket_cap_mb < math.inf:
                 raise ValueError(f"bucket_cap_mb must be finite and above 0, got {bucket_cap_mb}")
         of_weights = _packets(weights, "weights")
+        if of_weights == Cast(torch.float8_e4m3fn) and differences:
+            raise ValueError(f"differences are smaller than {of_weights} can hold, which has no scale: give IntQuant")
         if of_weights is not None and differences:
             # What a difference loses is in the next one, as with error feedback.
             of_weights = of_weights.with_feedback()

@@ -49,6 +49,11 @@ class Member:
         parameter = self.parameter
         return _strides(tuple(parameter.shape), parameter.stride())
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """In which its elements lie in memory: the stride, but for dimensions of one element, which order nothing."""
+        return tuple(0 if size == 1 else step for size, step in zip(self.parameter.shape, self.stride, strict=True))
+
     def view(self, flat: Tensor, packed: bool = False) -> Tensor:
         """Its elements in a buffer laid out as the weights are, or packed."""
         offset = self.packed if packed else self.offset

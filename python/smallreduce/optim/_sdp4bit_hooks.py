@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from smallreduce.collectives._channel import is_channel_thread
+from smallreduce.collectives._channel import is_waited_for
 from smallreduce.optim._sdp4bit_exchange import Exchange
 
 __all__ = ["check_free", "register_hooks"]
@@ -82,9 +82,8 @@ def register_hooks(
 
 def _end(handles: Sequence[RemovableHandle], exchanges: _Exchanges) -> None:
     """The optimizer is gone: nobody else would wait for its last step."""
-    if is_channel_thread():
-        # The garbage collector runs on any thread, and this one is what would be waited for: the hooks stay, and wait
-        # when the weights are used.
+    if is_waited_for():
+        # The garbage collector runs on any thread: the hooks stay, and wait when the weights are used.
         return
     _settle(exchanges)  # what fails stays in the hooks, too
     for handle in handles:

@@ -31,7 +31,7 @@ _CHECKPOINT = {"format", "seed", "compressed", "steps", "passes", "strides", "ma
 
 def header(rank: int, world_size: int, seed: int, buckets: Sequence[Bucket]) -> Header:
     """The header of this rank's state."""
-    lines = [f"{m.name} {tuple(m.parameter.shape)} {m.stride} {m.offset} {m.group}" for b in buckets for m in b.members]
+    lines = [f"{m.name} {tuple(m.parameter.shape)} {m.order} {m.offset} {m.group}" for b in buckets for m in b.members]
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
     return {"format": FORMAT, "rank": rank, "world_size": world_size, "seed": seed, "layout": digest}
 
@@ -134,7 +134,7 @@ def checkpoint(
         **progress,
         # The order in memory of each parameter's elements, which is that of what follows. In a tuple, as the groups,
         # which is saved as one object: a schedule may have added options that a new optimizer lacks.
-        "strides": tuple((member.name, member.stride) for bucket in buckets for member in bucket.members),
+        "strides": tuple((member.name, member.order) for bucket in buckets for member in bucket.members),
         "master": {one.member.name: _shard(one.tensor, one) for one in slices},
         "state": {
             one.member.name: {
@@ -182,10 +182,10 @@ def check_checkpoint(state: object, seed: int, inner: Optimizer, buckets: Sequen
             )
     strides = {name: tuple(stride) for name, stride in state["strides"]}
     for member in (member for bucket in buckets for member in bucket.members):
-        if strides.get(member.name) != member.stride:
+        if strides.get(member.name) != member.order:
             raise ValueError(
                 f"the checkpoint's elements of {member.name} lie in memory with strides {strides.get(member.name)}, "
-                f"but the parameter's with {member.stride}: give the model the memory format that was saved"
+                f"but the parameter's with {member.order}: give the model the memory format that was saved"
             )
     slices = [one for bucket in buckets for one in bucket.slices]
     if lacking := [one.member.name for one in slices if one.member.name not in state["master"]]:
