@@ -126,7 +126,8 @@ def description() -> dict[str, Any]:
     """The machine, the versions and the commit that a result comes from."""
     import smallreduce
 
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # A result that is measured anew, in pieces too, is no change of what is measured.
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     script = Path(sys.argv[0]).resolve()
     arguments = list(sys.argv[1:])
     for option in ("--json", "--at-most"):  # where results go, and in how many pieces, is no part of what was measured
