@@ -205,7 +205,7 @@ class Bucket:
                     "takes memory from its process group: do not call set_allocate_memory_from_process_group_for_comm"
                 )
             if not kind.startswith("Default"):
-                return f"has a {what} of its own already ({kind}): compress a model once, and set no other"
+                return f"was compressed already, or has another {what} of its own ({kind}): call compress once"
         if any(hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather") for p in group.fsdp_params):
             return "has parameters with fsdp_pre_all_gather, which choose themselves what travels: shard plain tensors"
         return None

@@ -159,7 +159,7 @@ def check_model(model: object) -> None:
             if isinstance(module, parallel):
                 raise TypeError(
                     f"no module may be wrapped in {parallel.__name__}, as {name or 'the model'} is, since SDP4Bit "
-                    "shards and reduces itself: give the plain module (that in .module), and call that"
+                    "shards and reduces itself: give the plain module, before it is wrapped or sharded, and call that"
                 )
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     if len(devices) > 1:
