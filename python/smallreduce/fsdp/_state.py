@@ -253,8 +253,9 @@ class State:
                 or this number: this rank's own state. From one rank there are no residuals to be loaded.
 
         Returns:
-            ``"ranks"``: int64, ranks of a shard group and replicas; ``"seed"``, ``"feedback"``, ``"by_differences"``:
-            what was given to :func:`~smallreduce.fsdp.compress`; ``"steps"``: int64, two for each module;
+            ``"ranks"``: int64, ranks of a shard group and replicas; ``"format"``; ``"seed"``, ``"feedback"``,
+            ``"by_differences"``: what was given to :func:`~smallreduce.fsdp.compress`; ``"steps"``: int64, two for each
+            module;
             ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
             its own, or, for loading what others saved, those that it takes over; ``"differences"`` and
             ``"references"``: how many differences of weights each module has sent, and of which weights, sharded as
