@@ -23,7 +23,8 @@ LAYERS = [
     ["codecs"],
     ["feedback", "_flat_shard"],
     ["collectives"],
-    ["ddp", "fsdp", "ragged"],
+    ["ddp", "fsdp"],
+    ["ragged"],
     ["optim"],
     ["__init__"],
 ]
