@@ -16,7 +16,7 @@ from smallreduce import ops
 from smallreduce._layout import Layout
 from smallreduce.codecs import PacketCodec
 from smallreduce.collectives import Route, _engine, all_gather_for, channel_of, reduce_scatter_for
-from smallreduce.collectives._engine import chunk_count, stage_seed
+from smallreduce.collectives._engine import PerRank, Segments, chunk_count, stage_seed
 
 SIZES = [0, 1, 33, 129, 4001]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,30 +134,36 @@ def test_feedback_loses_nothing(spelling: str) -> None:
 
 SEGMENTS = [(0, 100), (128, 77), (300, 0), (310, 400), (710, 1)]
 NUMEL = 720  # elements of a part, the gaps between its segments included
+RAGGED: list[Segments] = [((5, 700),), ((0, 0),), ((0, 129), (400, 320)), ((719, 1),)]  # of each rank's part
 
 
 def _routes(world: int) -> list[Route]:
     return [channel_of(None, torch.device("cpu"))] + ([sr.two_level(node_size=2)] if world == 4 else [])
 
 
-def _of_all(world: int, codec: PacketCodec, dtype: torch.dtype) -> Layout:
+def _of_all(segments: list[Segments], codec: PacketCodec, dtype: torch.dtype) -> Layout:
     """The segments of all parts, a packet for each part."""
-    spans = [(rank * NUMEL + offset, length) for rank in range(world) for offset, length in SEGMENTS]
-    return Layout.build(spans, codec.format, dtype, world, [rank for rank in range(world) for _ in SEGMENTS])
+    spans = [(rank * NUMEL + offset, length) for rank, part in enumerate(segments) for offset, length in part]
+    packet_of = [rank for rank, part in enumerate(segments) for _ in part]
+    return Layout.build(spans, codec.format, dtype, len(segments), packet_of)
 
 
-def _segments(rank: int, world: int, chunk_numel: int) -> None:
-    inside = torch.zeros(NUMEL, dtype=torch.bool)
-    for offset, length in SEGMENTS:
-        inside[offset : offset + length] = True
+def _segments(rank: int, world: int, chunk_numel: int, ragged: bool) -> None:
+    parts = RAGGED[:world] if ragged else [SEGMENTS] * world
+    given = PerRank(tuple(map(tuple, parts))) if ragged else SEGMENTS
+    inside = torch.zeros(world, NUMEL, dtype=torch.bool)
+    for r, part in enumerate(parts):
+        for offset, length in part:
+            inside[r, offset : offset + length] = True
     for spelling in ("int4", "int4-hadamard:group=64", "sign:group=32", "fp16"):
         codec = sr.codec(spelling)
         assert isinstance(codec, PacketCodec)
         for dtype in DTYPES:
             everyones = inputs(world * NUMEL, world, dtype)
-            layout, shard = _of_all(world, codec, dtype), Layout.build(SEGMENTS, codec.format, dtype)
+            layout = _of_all(parts, codec, dtype)
+            shards = [Layout.build(part, codec.format, dtype) for part in parts]
             for route in _routes(world):
-                engine = all_gather_for(SEGMENTS, NUMEL, codec, dtype, route)
+                engine = all_gather_for(given, NUMEL, codec, dtype, route)
                 assert (engine.chunks > 1) == (chunk_numel < NUMEL)
                 mine = slice(rank * NUMEL, (rank + 1) * NUMEL)
 
@@ -166,23 +172,23 @@ def _segments(rank: int, world: int, chunk_numel: int) -> None:
                 packets = torch.zeros(world, layout.stride, dtype=torch.uint8)
                 for r, x in enumerate(everyones):
                     seed = stage_seed(5, 2, r, 0)
-                    ops.encode(x[r * NUMEL :][:NUMEL], shard, packets[r], seed=seed)
+                    ops.encode(x[r * NUMEL :][:NUMEL], shards[r], packets[r], seed=seed)
                 ops.decode(packets, layout, expected)
                 engine.launch(gathered, everyones[rank][mine], seed=5, bucket=2).wait()
                 assert torch.equal(gathered, expected)
-                assert torch.equal(gathered.view(world, -1)[:, ~inside], everyones[0].view(world, -1)[:, ~inside])
+                assert torch.equal(gathered.view(world, -1)[~inside], everyones[0].view(world, -1)[~inside])
 
                 # New values of each rank's part, by the differences from what all have.
                 target = inputs(world * NUMEL, 1, torch.float32, seed=7)[0]
                 for r in range(world):
                     seed = stage_seed(6, 2, r, 0)
                     theirs = slice(r * NUMEL, (r + 1) * NUMEL)
-                    ops.encode_difference(target[theirs], expected[theirs], shard, packets[r], seed=seed)
+                    ops.encode_difference(target[theirs], expected[theirs], shards[r], packets[r], seed=seed)
                 ops.decode_add(packets, layout, expected)
                 engine.launch(gathered, target[mine], seed=6, bucket=2, base=gathered[mine]).wait()
                 assert torch.equal(gathered, expected)
 
-            engine = reduce_scatter_for(SEGMENTS, NUMEL, codec, dtype, _routes(world)[0])
+            engine = reduce_scatter_for(given, NUMEL, codec, dtype, _routes(world)[0])
             out, kept = torch.full((NUMEL,), 3.0, dtype=dtype), torch.zeros(engine.worker_numel)
             engine.launch(out, everyones[rank], dist.ReduceOp.SUM, kept, seed=5).wait()
             received = torch.zeros(world, layout.stride, dtype=torch.uint8)
@@ -193,28 +199,38 @@ def _segments(rank: int, world: int, chunk_numel: int) -> None:
                 received[r] = packets[rank]
                 assert r != rank or torch.equal(kept, residual)
             expected = torch.full((NUMEL,), 3.0, dtype=dtype)
-            ops.reduce(received, layout.stride, world, 1.0, shard, expected)
+            ops.reduce(received, layout.stride, world, 1.0, shards[rank], expected)
             assert torch.equal(out, expected)
 
             # On two levels, as FSDP has its gradients reduced, with the codec of this turn between the nodes.
             for route in _routes(world)[1:]:
                 pair = (sr.IntQuant(8, hadamard=codec.format.hadamard), codec)
                 out = torch.full((NUMEL,), 3.0, dtype=dtype)
-                both = reduce_scatter_for(SEGMENTS, NUMEL, pair, dtype, route)
+                both = reduce_scatter_for(given, NUMEL, pair, dtype, route)
                 both.launch(out, everyones[rank], dist.ReduceOp.SUM, seed=5).wait()
-                spans = [[(part * NUMEL + offset, length) for offset, length in SEGMENTS] for part in range(world)]
+                spans = [[(r * NUMEL + offset, length) for offset, length in part] for r, part in enumerate(parts)]
                 sums = composed_sums(everyones, pair, 2, 5, spans)[rank]
                 expected = torch.full((NUMEL,), 3.0, dtype=dtype)
-                ops.reduce(sums, sums.shape[1], len(sums), 1.0, shard, expected)
+                ops.reduce(sums, sums.shape[1], len(sums), 1.0, shards[rank], expected)
                 assert torch.equal(out, expected), (spelling, dtype)
 
 
-def _segments_in_chunks(rank: int, world: int, chunk_numel: int) -> None:
+def _segments_in_chunks(rank: int, world: int, chunk_numel: int, ragged: bool) -> None:
     with unittest.mock.patch.object(_engine, "CHUNK_NUMEL", chunk_numel):
-        _segments(rank, world, chunk_numel)
+        _segments(rank, world, chunk_numel, ragged)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("chunk_numel", [500, 1 << 20])
 @pytest.mark.parametrize("world", [2, 4])
-def test_segments_and_differences(world: int, chunk_numel: int) -> None:
-    run(_segments_in_chunks, world, chunk_numel)
+def test_segments_and_differences(world: int, chunk_numel: int, ragged: bool) -> None:
+    run(_segments_in_chunks, world, chunk_numel, ragged)
+
+
+def _too_few_parts(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="segments for each of 2 ranks, got 1"):
+        all_gather_for(PerRank((((0, 5),),)), 5, sr.IntQuant(4), torch.float32, _routes(world)[0])
+
+
+def test_there_are_segments_for_every_rank() -> None:
+    run(_too_few_parts, 2)

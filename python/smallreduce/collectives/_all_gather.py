@@ -13,7 +13,7 @@ from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Start
 from smallreduce.collectives._compat import all_gather_single
-from smallreduce.collectives._engine import Engine, Parts, Segments, chunk_count, cut, stage_seed
+from smallreduce.collectives._engine import Engine, Parts, PartSegments, cut_parts, stage_seed
 from smallreduce.collectives._levels import Levels, Route
 from smallreduce.collectives._links import Exchange
 from smallreduce.collectives._work import Work
@@ -25,7 +25,7 @@ class AllGather(Engine):
     """Compressed all-gather of flat buffers of ``numel`` elements into one of ``world_size * numel``.
 
     Args:
-        segments: ``(offset, length)`` in elements of one rank's part; blocks and groups start afresh at each.
+        segments: ``(offset, length)`` in elements of a rank's part; blocks and groups start afresh at each.
         numel: Elements of a part.
         codec: The wire format.
         dtype: Of the gathered buffer.
@@ -42,7 +42,7 @@ class AllGather(Engine):
 
     def __init__(
         self,
-        segments: Segments,
+        segments: PartSegments,
         numel: int,
         codec: PacketCodec,
         dtype: torch.dtype,
@@ -52,9 +52,10 @@ class AllGather(Engine):
     ) -> None:
         world = channel.world_size
         order = range(world) if order is None else order
-        count = chunks or chunk_count(world * sum(length for _, length in segments), world, codec)
-        parts = Parts(numel, cut(segments, count, codec.format.group), codec, dtype, world)
-        self._shards = [parts.of_one(chunk) for chunk in range(count)]
+        pieces = cut_parts(segments, world, chunks, codec, codec.format.group)
+        count = len(pieces[0])
+        parts = Parts(numel, pieces, codec, dtype)
+        self._shards = [parts.of_one(channel.rank, chunk) for chunk in range(count)]
         self._layouts = [parts.of_ranks(order, chunk) for chunk in range(count)]
         strides = [layout.stride for layout in self._layouts]
         super().__init__(channel, [world * stride for stride in strides])
@@ -125,7 +126,9 @@ class TwoLevelAllGather(AllGather):
     """All-gather that sends each packet to another node once: between the ranks of one local rank, and then, all that
     have arrived there, inside the node."""
 
-    def __init__(self, segments: Segments, numel: int, codec: PacketCodec, dtype: torch.dtype, levels: Levels) -> None:
+    def __init__(
+        self, segments: PartSegments, numel: int, codec: PacketCodec, dtype: torch.dtype, levels: Levels
+    ) -> None:
         super().__init__(segments, numel, codec, dtype, levels.channel, levels.order, levels.chunks)
         self._levels = levels
         self._arrived = [packets.chunk(levels.node_size)[levels.local_rank] for packets in self._sent]
@@ -137,7 +140,9 @@ class TwoLevelAllGather(AllGather):
         return self._levels.intra.all_gather(self._sent[chunk], self._arrived[chunk], tag, second=True)
 
 
-def all_gather_for(segments: Segments, numel: int, codec: PacketCodec, dtype: torch.dtype, route: Route) -> AllGather:
+def all_gather_for(
+    segments: PartSegments, numel: int, codec: PacketCodec, dtype: torch.dtype, route: Route
+) -> AllGather:
     """The engine for parts of ``numel`` elements with ``segments``, ``(offset, length)``; alike on all ranks."""
     if isinstance(route, Levels):
         if not route.is_flat:

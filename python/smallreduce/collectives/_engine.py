@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,13 @@ __all__ = [
     "AllReduce",
     "BucketEngine",
     "Engine",
+    "PartSegments",
     "Parts",
+    "PerRank",
     "Segments",
     "chunk_count",
     "cut",
+    "cut_parts",
     "factor_of",
     "packets_of",
     "stage_seed",
@@ -38,6 +42,18 @@ __all__ = [
 
 Segments = Sequence[tuple[int, int]]
 """``(offset, length)`` in elements of a flat buffer."""
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """Segments that are not those of every rank's part: ``of[r]``, of rank r's, counts from the beginning of it."""
+
+    of: tuple[tuple[tuple[int, int], ...], ...]
+
+
+Chunks = Sequence[Sequence[Segments]]
+PartSegments = Segments | PerRank
+"""Segments of one rank's part: of every rank's, or each its own."""
 
 # Elements of a chunk at the most, between two ranks. Each chunk costs handing-over between threads, gloo's and ours,
 # which weighs where the link is fast; several in flight keep a slow link busy while the kernels run. More ranks take
@@ -74,30 +90,49 @@ class Parts:
 
     Args:
         numel: Elements of a part.
-        chunks: Of one part: the segments of each; blocks and groups start afresh at each segment.
+        chunks: Of each rank's part: the segments of each chunk, counted from the beginning of the part; blocks and
+            groups start afresh at each segment. As many for all ranks.
         codec, dtype: Of the packets.
-        world_size: How many parts.
     """
 
     def __init__(
-        self, numel: int, chunks: Sequence[Segments], codec: PacketCodec, dtype: torch.dtype, world_size: int
+        self, numel: int, chunks: Sequence[Sequence[Segments]], codec: PacketCodec, dtype: torch.dtype
     ) -> None:
-        def of(parts: int) -> list[Segments]:
-            starts = [part * numel for part in range(parts) for _ in chunks]
-            shifted = zip(starts, parts * list(chunks), strict=True)
-            return [[(start + offset, length) for offset, length in chunk] for start, chunk in shifted]
-
-        self._whole, self._part = (packets_of(of(parts), codec, dtype) for parts in (world_size, 1))
-        self._chunks = len(chunks)
+        shifted = [
+            [(rank * numel + offset, length) for offset, length in chunk]
+            for rank, part in enumerate(chunks)
+            for chunk in part
+        ]
+        self._whole = packets_of(shifted, codec, dtype)
+        self._parts = {id(part): packets_of(part, codec, dtype) for part in chunks}
+        self._part_of = [self._parts[id(part)] for part in chunks]
+        self._ranks = len(chunks)
+        self._chunks = len(chunks[0])
         self.blocks = self._whole.blocks
 
     def of_ranks(self, ranks: Iterable[int], chunk: int) -> Layout:
         """One chunk of the parts of some ranks, over the whole buffer; packets in the order of ``ranks``."""
         return self._whole.select([rank * self._chunks + chunk for rank in ranks])
 
-    def of_one(self, chunk: int) -> Layout:
-        """One chunk, over a buffer of one part."""
-        return self._part.select([chunk])
+    def of_one(self, rank: int, chunk: int) -> Layout:
+        """One chunk of a rank's part, over a buffer of that part."""
+        return self._part_of[rank].select([chunk])
+
+    def stride(self, chunk: int) -> int:
+        """Bytes of the largest packet of a chunk, of all ranks."""
+        return self.of_ranks(range(self._ranks), chunk).stride
+
+
+def cut_parts(segments: PartSegments, world_size: int, pieces: int | None, codec: PacketCodec, grain: int) -> Chunks:
+    """Cuts each rank's part into so many pieces, None: by its size; see :func:`cut`."""
+    each = segments.of if isinstance(segments, PerRank) else (segments,)
+    if isinstance(segments, PerRank) and len(each) != world_size:
+        raise ValueError(f"there must be segments for each of {world_size} ranks, got {len(each)}")
+    if pieces is None:
+        longest = max(sum(length for _, length in part) for part in each)
+        pieces = chunk_count(world_size * longest, world_size, codec)
+    chunks = [cut(part, pieces, grain) for part in each]
+    return chunks if isinstance(segments, PerRank) else chunks * world_size
 
 
 def factor_of(op: dist.ReduceOp.RedOpType, world_size: int) -> float:

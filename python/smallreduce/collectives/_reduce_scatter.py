@@ -14,7 +14,7 @@ from smallreduce.codecs import Codec, PacketCodec
 from smallreduce.collectives import _call
 from smallreduce.collectives._channel import IN_BACKGROUND, Channel, Start
 from smallreduce.collectives._compat import reduce_scatter_single
-from smallreduce.collectives._engine import Engine, Parts, Segments, chunk_count, cut, factor_of, stage_seed
+from smallreduce.collectives._engine import Engine, Parts, PartSegments, cut_parts, factor_of, stage_seed
 from smallreduce.collectives._levels import Levels, Route, grain_of
 from smallreduce.collectives._links import Exchange
 from smallreduce.collectives._work import Work
@@ -72,7 +72,7 @@ class DirectReduceScatter(ReduceScatter):
     """One exchange: each rank sends every other its part.
 
     Args:
-        segments: ``(offset, length)`` in elements of one part.
+        segments: ``(offset, length)`` in elements of a part.
         numel: Elements of a part.
         codec: The wire format.
         dtype: Of the buffers.
@@ -80,14 +80,14 @@ class DirectReduceScatter(ReduceScatter):
     """
 
     def __init__(
-        self, segments: Segments, numel: int, codec: PacketCodec, dtype: torch.dtype, channel: Channel
+        self, segments: PartSegments, numel: int, codec: PacketCodec, dtype: torch.dtype, channel: Channel
     ) -> None:
         world = channel.world_size
-        count = chunk_count(world * sum(length for _, length in segments), world, codec)
-        chunks = cut(segments, count, codec.format.group)
-        parts = Parts(numel, chunks, codec, dtype, world)
+        chunks = cut_parts(segments, world, None, codec, codec.format.group)
+        count = len(chunks[0])
+        parts = Parts(numel, chunks, codec, dtype)
         self._layouts = [parts.of_ranks(range(world), chunk) for chunk in range(count)]
-        self._shards = [parts.of_one(chunk) for chunk in range(count)]
+        self._shards = [parts.of_one(channel.rank, chunk) for chunk in range(count)]
         strides = [layout.stride for layout in self._layouts]
         sizes = [world * stride for stride in strides]
         super().__init__(channel, sizes)
@@ -128,7 +128,7 @@ class TwoLevelReduceScatter(ReduceScatter):
 
     def __init__(
         self,
-        segments: Segments,
+        segments: PartSegments,
         numel: int,
         codecs: tuple[PacketCodec, PacketCodec],
         dtype: torch.dtype,
@@ -137,19 +137,17 @@ class TwoLevelReduceScatter(ReduceScatter):
         channel = levels.channel
         world, nodes = channel.world_size, levels.nodes
         self._levels = levels
-        total = world * sum(length for _, length in segments)
-        count = levels.chunks or chunk_count(total, world, codecs[0])
-        chunks = cut(segments, count, grain_of(codecs))
-        intra, inter = (Parts(numel, chunks, codec, dtype, world) for codec in codecs)
+        chunks = cut_parts(segments, world, levels.chunks, codecs[0], grain_of(codecs))
+        count = len(chunks[0])
+        intra, inter = (Parts(numel, chunks, codec, dtype) for codec in codecs)
         self._layouts = [intra.of_ranks(levels.order, chunk) for chunk in range(count)]
         self._sums = [
             [(intra.of_ranks([rank], chunk), inter.of_ranks([rank], chunk)) for rank in levels.counterparts]
             for chunk in range(count)
         ]
-        self._shards = [inter.of_one(chunk) for chunk in range(count)]
+        self._shards = [inter.of_one(channel.rank, chunk) for chunk in range(count)]
         first = [layout.stride for layout in self._layouts]
-        # All parts have the same segments, so all packets of a chunk have one size.
-        second = [shard.stride for shard in self._shards]
+        second = [inter.stride(chunk) for chunk in range(count)]
         self._strides = list(zip(first, second, strict=True))
         super().__init__(channel, [max(world * a, nodes * b) for a, b in self._strides])
         # The sums' packets are read as if each began with the first of its kind, so the last reach beyond the end.
@@ -185,7 +183,7 @@ class TwoLevelReduceScatter(ReduceScatter):
 
 
 def reduce_scatter_for(
-    segments: Segments,
+    segments: PartSegments,
     numel: int,
     codec: PacketCodec | tuple[PacketCodec, PacketCodec],
     dtype: torch.dtype,
