@@ -12,7 +12,8 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler  # torch.amp exports it from 2.13 on
 
 from smallreduce.collectives import Count
-from smallreduce.optim._sdp4bit_exchange import Exchange, Pool
+from smallreduce.collectives._pool import Pool
+from smallreduce.optim._sdp4bit_exchange import Exchange
 
 __all__ = ["BackwardPasses"]
 
