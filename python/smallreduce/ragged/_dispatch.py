@@ -1,0 +1,253 @@
+"""What an operator does with RaggedTensors: run on each rank's part, reduce over the ranks, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from smallreduce.ragged import _reduce
+from smallreduce.ragged._sharding import Sharding
+
+if TYPE_CHECKING:
+    from smallreduce.ragged._tensor import RaggedTensor
+
+__all__ = ["dispatch"]
+
+aten = torch.ops.aten
+
+Kind = type["RaggedTensor"]
+Rule = Callable[..., Any]
+"""``(RaggedTensor, operator, *args, **kwargs)`` to what the operator returns. torch passes those arguments by name that
+have to be, and no others."""
+
+_rules: dict[OpOverload, Rule] = {}
+
+
+def dispatch(kind: Kind, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rule = _rules.get(func)
+    if rule is None:
+        rule = _rules[func] = _classify(func)
+    return rule(kind, func, *args, **kwargs)
+
+
+def _classify(func: OpOverload) -> Rule:
+    packet = func.overloadpacket
+    if packet in _SPECIAL:
+        return _SPECIAL[packet]
+    name = func._schema.name.removeprefix("aten::")
+    if name.startswith("_foreach_") and name.removeprefix("_foreach_").removesuffix("_") in _FOREACH:
+        return _Lists(func)
+    if name in _FUSED:
+        return _Lists(func)
+    # Of the operators that torch calls pointwise, one returns whether all elements are equal, and some draw random
+    # numbers, which would be the same on all ranks.
+    pointwise = torch.Tag.pointwise in func.tags and packet not in (aten.equal,)
+    if (pointwise and torch.Tag.nondeterministic_seeded not in func.tags) or packet in _ELEMENTWISE:
+        return _Elementwise(func)
+    return _refuse
+
+
+def _refuse(kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"{func} is not elementwise, so it cannot be computed from this rank's part of a RaggedTensor: use the "
+        "full_tensor(), or to_local() if this rank's elements are what is meant"
+    )
+
+
+# Elementwise though torch has no tag for it.
+_ELEMENTWISE = {
+    aten._to_copy,
+    aten.copy_,
+    aten.empty_like,
+    aten.fill,
+    aten.fill_,
+    aten.full_like,
+    aten.masked_fill,
+    aten.masked_fill_,
+    aten.ones_like,
+    aten.zero,
+    aten.zero_,
+    aten.zeros_like,
+}
+
+_FOREACH = frozenset({
+    "abs", "acos", "add", "addcdiv", "addcmul", "asin", "atan", "ceil", "clamp_max", "clamp_min", "clone",
+    "copy", "cos", "cosh", "div", "erf", "erfc", "exp", "expm1", "floor", "frac", "lerp", "lgamma", "log",
+    "log10", "log1p", "log2", "maximum", "minimum", "mul", "neg", "pow", "reciprocal", "round", "rsqrt",
+    "sigmoid", "sign", "sin", "sinh", "sqrt", "sub", "tan", "tanh", "trunc", "zero",
+})  # fmt: skip
+
+_FUSED = frozenset({"_fused_adam_", "_fused_adamw_", "_fused_adagrad_", "_fused_sgd_"})
+
+
+def _written(func: OpOverload) -> list[tuple[int, str]]:
+    """Place and name of the arguments that the operator writes to."""
+    return [
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _mismatch(func: Any, one: Sharding, other: Sharding) -> Exception:
+    if one.shape != other.shape:
+        return ValueError(f"{func} takes RaggedTensors of one shape, got {one.shape} and {other.shape}")
+    if one.placement != other.placement:
+        return ValueError(
+            f"{func} takes RaggedTensors of one placement, got {one.placement} and {other.placement}: "
+            "redistribute() one"
+        )
+    return ValueError(f"{func} takes RaggedTensors of one process group")
+
+
+def _plain(func: Any, given: Tensor) -> Exception:
+    return TypeError(
+        f"{func} takes RaggedTensors beside numbers and tensors without dimensions, got a plain tensor of shape "
+        f"{tuple(given.shape)} too: shard it with RaggedTensor.distribute(), or use the full_tensor() of the other"
+    )
+
+
+class _Elementwise:
+    """An operator that computes each element from those at its place."""
+
+    def __init__(self, func: OpOverload) -> None:
+        self._written = _written(func)
+
+    def __call__(self, kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+        sharding: Sharding | None = None
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, kind):
+                if sharding is None:
+                    sharding = given._sharding
+                elif given._sharding is not sharding and given._sharding != sharding:
+                    raise _mismatch(func, sharding, given._sharding)
+        assert sharding is not None
+        out = func(
+            *[self._local(kind, func, given, sharding) for given in args],
+            **{name: self._local(kind, func, given, sharding) for name, given in kwargs.items()},
+        )
+        if self._written:
+            written = [args[place] if place < len(args) else kwargs[name] for place, name in self._written]
+            return written[0] if len(written) == 1 else tuple(written)
+        if isinstance(out, Tensor):
+            return kind._wrap(out, sharding)
+        return tuple(kind._wrap(each, sharding) for each in out)
+
+    def _local(self, kind: Kind, func: Any, given: Any, sharding: Sharding) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        if isinstance(given, kind):
+            return given._local
+        return _operand(func, given, sharding)
+
+
+def _operand(func: Any, given: Tensor, sharding: Sharding) -> Tensor:
+    """A plain tensor beside RaggedTensors of ``sharding``."""
+    if given.dim() > 0:
+        raise _plain(func, given)
+    # Beside a tensor without dimensions, whose part has one, it takes part in type promotion as its equal.
+    return given if sharding.shape else given.view(1)
+
+
+class _Lists:
+    """An operator on lists of tensors, which for each place in them computes element by element.
+
+    A place whose tensors are all plain ones is computed as ever.
+    """
+
+    def __init__(self, func: OpOverload) -> None:
+        self._writes = bool(_written(func))
+
+    def __call__(self, kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+        shardings: dict[int, Sharding] = {}
+        plain: list[tuple[list[Any], int]] = []
+        local_args = [self._local(kind, func, given, shardings, plain) for given in args]
+        local_kwargs = {name: self._local(kind, func, given, shardings, plain) for name, given in kwargs.items()}
+        for tensors, place in plain:
+            if place in shardings:
+                if self._writes and tensors is local_args[0]:
+                    raise TypeError(f"{func} cannot write the result of RaggedTensors to a plain tensor")
+                tensors[place] = _operand(func, tensors[place], shardings[place])
+        out = func(*local_args, **local_kwargs)
+        if out is None:
+            return None
+        return [kind._wrap(each, shardings[place]) if place in shardings else each for place, each in enumerate(out)]
+
+    def _local(
+        self, kind: Kind, func: Any, given: Any, shardings: dict[int, Sharding], plain: list[tuple[list[Any], int]]
+    ) -> Any:
+        if isinstance(given, kind):
+            raise TypeError(f"{func} takes RaggedTensors in its lists only")
+        if not isinstance(given, (list, tuple)):
+            return given
+        tensors = list(given)
+        for place, each in enumerate(tensors):
+            if isinstance(each, kind):
+                sharding = shardings.setdefault(place, each._sharding)
+                if each._sharding is not sharding and each._sharding != sharding:
+                    raise _mismatch(func, sharding, each._sharding)
+                tensors[place] = each._local
+            elif isinstance(each, Tensor):
+                plain.append((tensors, place))
+        return tensors
+
+
+def _alias(kind: Kind, func: Any, tensor: RaggedTensor) -> RaggedTensor:
+    return kind._wrap(tensor._local, tensor._sharding)
+
+
+def _detach_(kind: Kind, func: Any, tensor: RaggedTensor) -> RaggedTensor:
+    return tensor
+
+
+def _view(kind: Kind, func: Any, tensor: RaggedTensor, size: Any, implicit: bool = False) -> RaggedTensor:
+    """A view of the shape that the tensor has."""
+    shape = tensor._sharding.shape
+    if not isinstance(size, (list, tuple)):  # of another dtype
+        _refuse(kind, func)
+    if len(size) != len(shape) or any(given not in (-1, own) for given, own in zip(size, shape, strict=True)):
+        raise NotImplementedError(
+            f"{func} of a RaggedTensor of shape {shape} as {tuple(size)}: its shape stays; view its full_tensor()"
+        )
+    return _alias(kind, func, tensor)
+
+
+def _is_same_size(kind: Kind, func: Any, one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape
+
+
+def _index_put_(
+    kind: Kind, func: Any, tensor: RaggedTensor, indices: Any, values: Tensor, accumulate: bool = False
+) -> Any:
+    """``x[mask] = value``, as torch.optim.Rprop has it: elementwise, unlike all other indexing."""
+    if len(indices) != 1 or not isinstance(indices[0], kind) or indices[0].dtype != torch.bool or accumulate:
+        _refuse(kind, func)
+    return dispatch(kind, aten.masked_fill_.Tensor, (tensor, indices[0], values.to(tensor.dtype)), {})
+
+
+def _new_empty(kind: Kind, func: Any, tensor: RaggedTensor, size: Any, **kwargs: Any) -> RaggedTensor:
+    """Of the same shape, as async_save makes the copies that it stages."""
+    if tuple(size) != tensor._sharding.shape:
+        raise NotImplementedError(f"{func} of shape {tuple(size)} from a RaggedTensor: make a plain tensor instead")
+    return kind._wrap(func(tensor._local, tensor._local.shape, **kwargs), tensor._sharding)
+
+
+_SPECIAL: dict[Any, Rule] = {
+    aten._amp_foreach_non_finite_check_and_unscale_: _reduce.unscale_,
+    aten._foreach_norm: _reduce.norms,
+    aten._unsafe_view: _view,
+    aten.alias: _alias,
+    aten.detach: _alias,
+    aten.detach_: _detach_,
+    aten.expand: _view,
+    aten.index_put_: _index_put_,
+    aten.is_same_size: _is_same_size,
+    aten.linalg_vector_norm: _reduce.norm,
+    aten.new_empty: _new_empty,
+    aten.sum: _reduce.total,
+    aten.view: _view,
+}

@@ -1,0 +1,140 @@
+"""Norms and sums of RaggedTensors, over the elements of all ranks.
+
+Each rank reduces its own elements with torch's kernel, in fp32 where they are bf16 or fp16. The ranks' partial results
+are gathered, for a list of tensors in one collective, and every rank combines them by the same kernel, in fp64, and
+rounds once to the dtype of the result: so all ranks return the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.collectives._compat import all_gather_single
+
+if TYPE_CHECKING:
+    from smallreduce.ragged._tensor import RaggedTensor
+
+__all__ = ["norm", "norms", "total", "unscale_"]
+
+Kind = type["RaggedTensor"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def norm(
+    kind: Kind,
+    func: Any,
+    tensor: RaggedTensor,
+    order: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``aten.linalg_vector_norm`` over all dimensions."""
+    _check_whole(func, tensor, dim, keepdim, out)
+    return _norms([tensor], order, dtype)[0]
+
+
+def norms(
+    kind: Kind,
+    func: Any,
+    tensors: Sequence[Tensor],
+    order: Any = 2,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """``aten._foreach_norm``: one collective for all RaggedTensors of a group; plain tensors among them as ever."""
+    if out is not None:
+        raise NotImplementedError(f"{func} of RaggedTensors into given tensors: take those that it returns without")
+    ragged: dict[dist.ProcessGroup, dict[int, RaggedTensor]] = {}
+    plain: dict[int, Tensor] = {}
+    for place, tensor in enumerate(tensors):
+        if isinstance(tensor, kind):
+            ragged.setdefault(tensor.group, {})[place] = tensor
+        else:
+            plain[place] = tensor
+    found: dict[int, Tensor] = {}
+    if plain:
+        found.update(zip(plain, torch._foreach_norm(list(plain.values()), order, dtype=dtype), strict=True))
+    for of_group in ragged.values():
+        found.update(zip(of_group, _norms(list(of_group.values()), order, dtype), strict=True))
+    return [found[place] for place in range(len(tensors))]
+
+
+def total(
+    kind: Kind,
+    func: Any,
+    tensor: RaggedTensor,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``aten.sum`` over all dimensions."""
+    _check_whole(func, tensor, dim, keepdim, out)
+    result = torch.sum(tensor._local[:0], dtype=dtype).dtype
+    part = torch.sum(tensor._local, dtype=torch.float32 if result in _HALF else result)
+    if result.is_floating_point or result.is_complex:
+        part = part.to(torch.complex128 if result.is_complex else torch.float64)
+    return _everyones(part.view(1), tensor.group).sum(0)[0].to(result)
+
+
+def unscale_(kind: Kind, func: Any, tensors: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """What GradScaler does to gradients before a step: that one of any rank is not finite, all learn."""
+    func([each._local if isinstance(each, kind) else each for each in tensors], found_inf, inv_scale)
+    for group in dict.fromkeys(each.group for each in tensors if isinstance(each, kind)):
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group)
+
+
+def _check_whole(func: Any, tensor: RaggedTensor, dim: Any, keepdim: bool, out: Tensor | None) -> None:
+    dims = [dim] if isinstance(dim, int) else dim
+    whole = not dims or {each % max(1, tensor.dim()) for each in dims} == set(range(tensor.dim()))
+    if not whole or keepdim or out is not None:
+        raise NotImplementedError(
+            f"{func} of a RaggedTensor over some of its dimensions, with keepdim or into a given tensor: use its "
+            "full_tensor()"
+        )
+
+
+def _norms(tensors: Sequence[RaggedTensor], order: Any, dtype: torch.dtype | None) -> list[Tensor]:
+    """Of tensors of one group."""
+    order = float(order)
+    results = [torch.linalg.vector_norm(each._local.new_zeros(1), order, dtype=dtype).dtype for each in tensors]
+    parts = [_part(each, order, result) for each, result in zip(tensors, results, strict=True)]
+    device = parts[0].device
+    everyones = _everyones(torch.stack([part.to(device, torch.float64) for part in parts]), tensors[0].group)
+    # The norm of order 0 counts: it adds up as it is.
+    whole = everyones.sum(0) if order == 0 else torch.linalg.vector_norm(everyones, order, dim=0)
+    return [value.to(part.device, result) for value, part, result in zip(whole.unbind(), parts, results, strict=True)]
+
+
+def _part(tensor: RaggedTensor, order: float, result: torch.dtype) -> Tensor:
+    local = tensor._local
+    if local.numel() == 0 and tensor._sharding.numel:
+        # It shall not count; of none at all torch gives the norm, or refuses to.
+        return torch.full((), math.inf if order < 0 else 0.0, device=local.device)
+    computed = torch.float32 if result in _HALF else result
+    part: Tensor = torch.linalg.vector_norm(local, order, dtype=_input_dtype(local.dtype, computed))
+    return part
+
+
+def _input_dtype(given: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    return computed.to_complex() if given.is_complex else computed
+
+
+def _everyones(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """1-D ``mine`` of all ranks, as the rows of a matrix."""
+    everyones = torch.empty(group.size(), mine.numel(), dtype=mine.dtype, device=mine.device)
+    # As bytes, since not every backend sends complex numbers.
+    all_gather_single(everyones.view(-1).view(torch.uint8), mine.view(torch.uint8), group).wait()
+    return everyones
