@@ -8,7 +8,7 @@ In use::
     sr.all_reduce(x, "int4")                       # or the collective itself
 """
 
-from smallreduce import ddp, fsdp, metrics, optim
+from smallreduce import ddp, fsdp, metrics, optim, ragged
 from smallreduce._native import build_info
 from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, RandomBlocks, Sign, TopK, codec, decode, encode
 from smallreduce.collectives import TwoLevel, Work, all_gather, all_reduce, reduce_scatter, shutdown, two_level
@@ -37,6 +37,7 @@ __all__ = [
     "fsdp",
     "metrics",
     "optim",
+    "ragged",
     "reduce_scatter",
     "shutdown",
     "two_level",

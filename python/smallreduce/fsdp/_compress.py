@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from smallreduce.codecs import Cast, Codec, IntQuant, PacketCodec, Sign, TopK, as_int
-from smallreduce.codecs import codec as parse_codec
+from smallreduce.codecs import Codec, IntQuant, PacketCodec, as_int
 from smallreduce.collectives import Channel, Count, channel_of
-from smallreduce.collectives._levels import Levels, grain_of, node_size_of
+from smallreduce.collectives._levels import Levels, node_size_of
+from smallreduce.fsdp._codecs import Spelling, parse_gradients, parse_unbiased, parse_weights
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Codecs, Leg, Progress
@@ -31,8 +31,6 @@ from smallreduce.fsdp._torch_groups import Bucket, buckets_of
 __all__ = ["ResidualMemory", "compress"]
 
 T = TypeVar("T")
-Spelling = str | Codec | None
-_FEEDBACK = (None, "int8", "full")
 
 
 class ResidualMemory(UserWarning):
@@ -203,34 +201,8 @@ def _check(
     reset_every: int,
     seed: int,
 ) -> _Config:
-    if feedback not in _FEEDBACK:
-        raise ValueError(f"feedback must be None, 'int8' or 'full', got {feedback!r}")
-    codecs: Codecs | None
-    if isinstance(gradients, tuple):
-        if len(gradients) != 2 or None in gradients:
-            raise ValueError(f"gradients must be a codec or a pair of codecs, got {gradients}")
-        intra, inter = (_packets(one, "gradients") for one in gradients)
-        assert intra is not None and inter is not None
-        codecs = (intra, inter)
-        grain_of(codecs)
-        for one in codecs:
-            _unbiased(one, "gradients")
-        if feedback is not None:
-            raise ValueError(f"feedback={feedback!r} takes one codec for gradients: on two levels no rank knows what "
-                             "was lost between the nodes; give one codec, or feedback=None")  # fmt: skip
-    else:
-        codecs = _packets(gradients, "gradients")
-        if feedback is not None and codecs is None:
-            raise ValueError(f"feedback={feedback!r} needs a codec for gradients, got None")
-        if node_size is not None:
-            raise ValueError(f"node_size is for a pair of codecs, inside a node and between nodes, got {gradients}")
-        if feedback is not None and codecs is not None:
-            codecs = codecs.with_feedback()
-        else:
-            _unbiased(codecs, "gradients")
-    of_weights = _packets(weights, "weights")
-    if of_weights is not None and not isinstance(of_weights, (IntQuant, Cast)):
-        raise ValueError(f"weights must be in IntQuant or Cast, which keep all of them, got {of_weights}")
+    codecs = parse_gradients(gradients, feedback, node_size)
+    of_weights = parse_weights(weights)
     for name, flag in (("keep_packets", keep_packets), ("differences", differences)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
@@ -245,8 +217,7 @@ def _check(
             raise ValueError(f"differences take a codec without the Hadamard transform, got {of_weights}")
         # What a difference loses is in the next one, as with error feedback.
         of_weights = of_weights.with_feedback()
-    between = _packets(replicate_gradients, "replicate_gradients")
-    _unbiased(between, "replicate_gradients")
+    between = parse_unbiased(replicate_gradients, "replicate_gradients")
     if between is not None and replicas is None:
         raise ValueError("replicate_gradients needs replicate_group: the ranks that hold the same shard")
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
@@ -297,23 +268,6 @@ def _one_shard_group(buckets: Sequence[Bucket], instead: str) -> None:
 
 def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def _unbiased(codec: PacketCodec | None, name: str) -> None:
-    """Refuses what is of no use without error feedback, which is not there.
-
-    Raises:
-        ValueError: It is biased.
-    """
-    if isinstance(codec, (Sign, TopK)):
-        raise ValueError(f"{name}: {codec} is biased, and needs error feedback to train with; there is none here")
-
-
-def _packets(spelling: object, name: str) -> PacketCodec | None:
-    chosen = parse_codec(spelling)  # type: ignore[arg-type]
-    if chosen is not None and not isinstance(chosen, PacketCodec):
-        raise TypeError(f"{name}: {chosen} makes no packets; it is for all_reduce, the DDP hook and the optimizers")
-    return chosen
 
 
 def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessGroup | None, setup: Count) -> State:

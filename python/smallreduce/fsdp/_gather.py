@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smallreduce.codecs import PacketCodec
 from smallreduce.collectives import AllGather, Channel, all_gather_for, channel_of
-from smallreduce.collectives._engine import Segments
+from smallreduce.collectives._engine import PartSegments, Segments
 from smallreduce.collectives._levels import Levels
 from smallreduce.fsdp._leg import Gathering, Leg, borrow
 from smallreduce.fsdp._torch_groups import Bucket, Version
@@ -119,7 +119,7 @@ def check_numel(bucket: Bucket, segments: Segments, numel: int) -> None:
 
 
 def gather_engine(
-    leg: Leg, segments: Segments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
+    leg: Leg, segments: PartSegments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
 ) -> AllGather:
     """The engine for a module's weights, on one level or, with ``node_size``, on two."""
     assert isinstance(leg.codec, PacketCodec)
@@ -128,7 +128,7 @@ def gather_engine(
 
 
 def borrow_engine(
-    leg: Leg, segments: Segments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
+    leg: Leg, segments: PartSegments, numel: int, dtype: torch.dtype, channel: Channel, node_size: int | None
 ) -> tuple[AllGather, Callable[[], None]]:
     """One that is idle, and what gives it back."""
     key = ("fsdp.gather", segments, leg.codec, dtype, node_size)

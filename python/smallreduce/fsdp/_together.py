@@ -19,6 +19,7 @@ def together(
     text: Callable[[T], str],
     lines: Callable[[T, Channel], Sequence[str]],
     setup: Count,
+    call: str = "smallreduce.fsdp",
 ) -> T:
     """What ``prepare`` gives, if it does on all ranks and the text is the same there, and so are the lines of each
     channel. Whatever is wrong, this rank takes its place wherever others wait for it."""
@@ -32,7 +33,7 @@ def together(
             if error is not None:
                 refuse(channel, error)
             else:
-                agree(channel, f"smallreduce.fsdp: {text(prepared)}", lines(prepared, channel), setup)
+                agree(channel, f"{call}: {text(prepared)}", lines(prepared, channel), setup)
         except Exception as disagreement:
             error = error or disagreement
     if error is not None:

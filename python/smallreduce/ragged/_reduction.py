@@ -1,0 +1,145 @@
+"""The gradients of one bucket on their way to the ranks that own them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smallreduce.collectives import Work, channel_of, engine_for, reduce_scatter_for, ring_bytes
+from smallreduce.collectives._compat import reduce_scatter_single
+from smallreduce.collectives._levels import Levels
+from smallreduce.collectives._pool import Pool
+from smallreduce.fsdp._leg import borrow
+from smallreduce.ragged._bucket import Bucket
+from smallreduce.ragged._packing import Packing
+from smallreduce.ragged._tensor import RaggedTensor
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """Starts to reduce; :meth:`finish` is to be called later, in the same order on all ranks.
+
+    fp32 and bf16 are averaged as torch's ``ReduceOp.AVG`` does; fp16 sums are divided before and after, by about the
+    root of the number of ranks each, so that they do not overflow: both as torch's ``fully_shard`` does.
+
+    Args:
+        members: Numbers of the parameters that have a gradient; the same on all ranks.
+        gradients: Of their shapes, in the dtype in which they were computed, or in which they are reduced.
+        pool: Where the buffer for them comes from.
+        between_replicas: Whether they are averaged over replicas too; else they are kept, and added to the next.
+    """
+
+    def __init__(
+        self, bucket: Bucket, members: tuple[int, ...], gradients: list[Tensor], pool: Pool, between_replicas: bool
+    ) -> None:
+        self._bucket, self._members, self._between_replicas = bucket, members, between_replicas
+        self._packing = bucket.packing(members)
+        ranks, device = bucket.policy.ranks, bucket.shard.device
+        dtype = bucket.policy.reduce_dtype(bucket.shard.dtype)
+        world, part = ranks.shard.size(), self._packing.part
+        before, self._after, self._op = _factors(dtype, world * ranks.replica_count)
+        self._output = torch.empty(part, dtype=dtype, device=device)
+        self._pool = pool
+        self._buffer = self._output if world == 1 else pool.take(world * part, dtype, device)
+        self._packing.pack(gradients, self._buffer)
+        if before != 1:
+            self._buffer.div_(before)
+        self._step = bucket.progress.step
+        bucket.progress.step += 1
+        self._work = None if world == 1 else self._start(self._buffer, self._packing)
+
+    def _start(self, buffer: Tensor, packing: Packing) -> dist.Work | Work:
+        bucket, policy, output = self._bucket, self._bucket.policy, self._output
+        leg, group, dtype = policy.gradients, policy.ranks.shard, output.dtype
+        uncompressed = (group.size() - 1) * output.nbytes
+        if leg.is_exact(dtype):
+            leg.count(uncompressed)
+            return reduce_scatter_single(output, buffer, self._op, group)
+        codec, channel, segments = leg.codec, channel_of(group, output.device), packing.segments
+        assert codec is not None
+        route = channel if policy.node_size is None else Levels(channel, policy.node_size)
+        engine, give_back = borrow(
+            channel,
+            ("ragged.scatter", segments, packing.part, codec, dtype, policy.node_size),
+            lambda: reduce_scatter_for(segments, packing.part, codec, dtype, route),
+        )
+        leg.count(uncompressed, engine.bytes_sent)
+        return engine.launch(
+            output, buffer, self._op, None, leg.seed, 3 * bucket.number + 1, self._step, after=give_back
+        )
+
+    def wait(self) -> None:
+        """Waits until this rank has its part of the sum; for what is not to be finished."""
+        if self._work is not None:
+            self._work.wait()
+            self._pool.give(self._buffer)
+            self._work = None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Waits, and adds the result to the gradients of the sharded parameters."""
+        bucket, output = self._bucket, self._output
+        self.wait()
+        if bucket.policy.ranks.replicas is not None:
+            kept = bucket.take_partial(self._members)
+            if kept is not None:
+                output += kept
+            if not self._between_replicas:
+                bucket.keep_partial(self._members, output)
+                return
+            self._average_replicas(bucket.policy.ranks.replicas)
+        if self._after != 1:
+            output.div_(self._after)
+        output = output.to(bucket.shard.dtype)
+        rank = bucket.policy.ranks.shard.rank()
+        for member in self._members:
+            slot = bucket.slots[member]
+            local = self._packing.local(member, rank, output)
+            parameter = slot.sharded
+            if parameter.grad is not None:
+                parameter.grad.to_local().add_(local)  # type: ignore[operator]
+            else:
+                parameter.grad = RaggedTensor(
+                    local, parameter.shape, slot.placement, bucket.policy.ranks.shard
+                )
+            for hook in list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(parameter)
+
+    def _average_replicas(self, group: dist.ProcessGroup) -> None:
+        bucket, output = self._bucket, self._output
+        leg, dtype = bucket.policy.between, output.dtype
+        step = bucket.progress.between
+        bucket.progress.between += 1
+        uncompressed = ring_bytes(output.nbytes, group.size())
+        if leg.is_exact(dtype) or group.size() == 1:
+            dist.all_reduce(output, op=self._op, group=group)
+            leg.count(uncompressed)
+            return
+        codec, channel = leg.codec, channel_of(group, output.device)
+        rank = bucket.policy.ranks.shard.rank()
+        segments = self._packing.segments.of[rank]
+        assert codec is not None
+        assert not isinstance(codec, tuple)
+        engine, give_back = borrow(
+            channel,
+            ("ragged.replicas", segments, codec, dtype),
+            lambda: engine_for(segments, codec, dtype, channel),
+        )
+        leg.count(uncompressed, engine.bytes_sent)
+        engine.launch(
+            output, self._op, None, None, leg.seed, 3 * bucket.number + 2, step, after=give_back
+        ).wait()
+
+
+def _factors(dtype: torch.dtype, ranks: int) -> tuple[float, float, dist.ReduceOp.RedOpType]:
+    """What to divide by before and after, and the operation in between."""
+    if ranks == 1:
+        return 1.0, 1.0, dist.ReduceOp.SUM
+    if dtype != torch.float16:
+        return 1.0, 1.0, dist.ReduceOp.AVG
+    before = 1.0
+    while ranks % before == 0 and ranks / before > before:
+        before *= 2
+    return before, ranks / before, dist.ReduceOp.SUM

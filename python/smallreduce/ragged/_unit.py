@@ -1,0 +1,258 @@
+"""One module that is fully sharded: when its parameters are gathered, freed, and their gradients reduced.
+
+The passes are those of torch's ``fully_shard``: hooks around the forward pass of the module, a hook on its outputs
+for the beginning of its backward pass, and an autograd function on its inputs for the end.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from smallreduce.ragged._bucket import Bucket
+from smallreduce.ragged._schedule import Schedule
+
+__all__ = ["Unit", "unit_of"]
+
+_ATTRIBUTE = "_smallreduce_unit"
+
+
+class _Phase(enum.Enum):
+    IDLE = enum.auto()
+    FORWARD = enum.auto()
+    PRE_BACKWARD = enum.auto()
+    POST_BACKWARD = enum.auto()
+
+
+def unit_of(module: nn.Module) -> Unit | None:
+    """That of a module itself, if it is fully sharded."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+class Unit:
+    """Of one call of :func:`smallreduce.ragged.fully_shard`.
+
+    Args:
+        buckets: Of its parameters, one for each dtype.
+        reshard_after_forward: None: True, but for the root.
+
+    Attributes:
+        reduces: Whether gradients are reduced in backward passes; else they accumulate.
+        averages_replicas: Whether reduced gradients are averaged over replicas; else they are kept.
+        reshards_after_backward: Whether parameters are freed after a backward pass.
+        reduces_unused: Whether trainable parameters without a gradient are reduced as zeros.
+        ahead_in_forward, ahead_in_backward: Units to be gathered when this one begins, instead of those that the
+            schedule knows.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        buckets: Sequence[Bucket],
+        precision: MixedPrecisionPolicy,
+        reshard_after_forward: bool | None,
+    ) -> None:
+        self.module = module
+        self.buckets = list(buckets)
+        self.reshard_after_forward = reshard_after_forward
+        self.reshards_after_backward = True
+        self.reduces = self.averages_replicas = True
+        self.reduces_unused = False
+        self.ahead_in_forward: list[Unit] = []
+        self.ahead_in_backward: list[Unit] = []
+        self._precision = precision
+        self._phase = _Phase.IDLE
+        self._in_backward = False  # from the beginning of its backward pass to the end of that of the model
+        self._schedule: Schedule | None = None
+        module.__dict__[_ATTRIBUTE] = self
+        module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        module.register_forward_hook(self._after_forward)
+        for owner in {id(m): m for bucket in buckets for slot in bucket.slots for m, _ in slot.places}.values():
+            owner.register_state_dict_pre_hook(self._before_state)
+            owner.register_load_state_dict_pre_hook(self._before_state)
+
+    def _before_state(self, *args: Any) -> None:
+        self.reshard()
+
+    # ---- the model --------------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """Made when the model, of which this is the outermost unit, is used for the first time."""
+        if self._schedule is None:
+            units = [unit for module in self.module.modules() if (unit := unit_of(module)) is not None]
+            for unit in units:
+                if unit._schedule is not None:
+                    raise RuntimeError(
+                        f"{type(unit.module).__name__}, inside {type(self.module).__name__}, was used before it: the "
+                        "first forward pass must be that of the root module"
+                    )
+            schedule = Schedule(units)
+            for unit in units:
+                unit._schedule = schedule
+        return self._schedule  # type: ignore[return-value]
+
+    @property
+    def is_root(self) -> bool:
+        return self._schedule is not None and self._schedule.units[0] is self
+
+    @property
+    def reshards_after_forward(self) -> bool:
+        if self.reshard_after_forward is None:
+            # Its backward pass is the first: what it frees it would gather again at once.
+            return not self.is_root or not torch.is_grad_enabled()
+        return self.reshard_after_forward
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def unshard(self) -> None:
+        """Starts to gather the parameters."""
+        step = 0 if self._schedule is None else self._schedule.step
+        for bucket in self.buckets:
+            bucket.unshard(_in_backward(), step)
+
+    def wait(self) -> None:
+        """Waits for them."""
+        for bucket in self.buckets:
+            bucket.wait()
+
+    def reshard(self) -> None:
+        """Frees them."""
+        for bucket in self.buckets:
+            bucket.reshard()
+
+    def drop_unused(self) -> None:
+        """Frees what was gathered ahead for a forward pass, now over, that did not come here."""
+        if self._phase is _Phase.IDLE and self.reshards_after_forward:
+            self.reshard()
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    @torch._dynamo.disable  # type: ignore[misc]
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cast = self._precision.param_dtype if self._precision.cast_forward_inputs else None
+        if self._in_backward:
+            # Computed again, for activation checkpointing: the end of the backward pass frees what this needs.
+            self.unshard()
+            self.wait()
+            return _cast((args, kwargs), cast)  # type: ignore[no-any-return]
+        self._phase = _Phase.FORWARD
+        schedule = self.schedule
+        args, kwargs = _cast((args, kwargs), cast)
+        self.unshard()
+        self.wait()
+        if not _in_backward():
+            schedule.enter(self)
+            coming = schedule.next_after(self)
+            for unit in self.ahead_in_forward or ([] if coming is None else [coming]):
+                unit.unshard()
+        return self._watch_inputs(args, kwargs)
+
+    @torch._dynamo.disable  # type: ignore[misc]
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._in_backward:
+            self._phase = _Phase.IDLE
+            if not _in_backward():
+                if self.reshards_after_forward:
+                    self.reshard()
+                self.schedule.leave(self)
+            if torch.is_grad_enabled():
+                for tensor in tree_flatten(output)[0]:
+                    if isinstance(tensor, Tensor) and tensor.requires_grad:
+                        tensor.register_hook(self._before_backward)
+        return _cast(output, self._precision.output_dtype)
+
+    def _watch_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        leaves, spec = tree_flatten((args, kwargs))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if at:
+            for i, watched in zip(at, _AfterBackward.apply(self, *(leaves[i] for i in at)), strict=True):
+                leaves[i] = watched
+        watched_args, watched_kwargs = tree_unflatten(leaves, spec)
+        return watched_args, watched_kwargs
+
+    # ---- backward ---------------------------------------------------------------------------------------------------
+
+    @torch._dynamo.disable  # type: ignore[misc]
+    def _before_backward(self, gradient: Tensor) -> Tensor:
+        schedule = self.schedule
+        self._in_backward = True
+        schedule.ask_for_end()
+        if self._phase is not _Phase.PRE_BACKWARD:
+            self._phase = _Phase.PRE_BACKWARD
+            self.unshard()
+            self.wait()
+            before = schedule.before(self)
+            for unit in self.ahead_in_backward or ([] if before is None else [before]):
+                unit.unshard()
+        return gradient
+
+    @torch._dynamo.disable  # type: ignore[misc]
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """All gradients of the module's parameters are there, or as many as there will be."""
+        self._phase = _Phase.POST_BACKWARD
+        for bucket in self.buckets:
+            bucket.accumulate()
+        if self.reshards_after_backward:
+            self.reshard()
+        for bucket in self.buckets:
+            if self.reduces:
+                self.schedule.reduce(bucket, self.reduces_unused, self.averages_replicas)
+            else:
+                bucket.keep()
+
+    def end_backward(self, is_last: bool) -> None:
+        """The backward pass of the model is over."""
+        if self._phase is not _Phase.POST_BACKWARD:
+            # No input required a gradient.
+            self.after_backward()
+        self._phase = _Phase.IDLE
+        self._in_backward = False
+
+    def reset(self) -> None:
+        """Forgets the pass that is going on."""
+        self.reshard()
+        for bucket in self.buckets:
+            bucket.forget()
+        self._phase = _Phase.IDLE
+        self._in_backward = False
+
+
+class _AfterBackward(torch.autograd.Function):
+    """The identity, whose backward is called when the gradients of a module's inputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Unit, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.unit = unit
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.unit.after_backward()
+        return (None, *gradients)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    """Floating-point tensors, wherever they are, in another dtype."""
+    if dtype is None:
+        return values
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x, values
+    )
