@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["MODELS", "Bucket", "Model", "Shape"]
+__all__ = ["MODELS", "Bucket", "Model", "Parameter"]
 
-Shape = tuple[int, ...]
+
+class Parameter(NamedTuple):
+    """``is_expert``: the weights of one routed expert, or of all in one tensor."""
+
+    shape: tuple[int, ...]
+    is_expert: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -20,11 +30,11 @@ class Bucket:
 
     name: str
     count: int
-    shapes: tuple[Shape, ...]
+    parameters: tuple[Parameter, ...]
 
     @property
     def numel(self) -> int:
-        return sum(map(math.prod, self.shapes))
+        return sum(parameter.numel for parameter in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,19 @@ class Model:
         return sum(bucket.count * bucket.numel for bucket in self.buckets)
 
 
-def _gated_mlp(hidden: int, intermediate: int) -> tuple[Shape, ...]:
+def _of(*shapes: tuple[int, ...]) -> tuple[Parameter, ...]:
+    return tuple(map(Parameter, shapes))
+
+
+def _gated_mlp(hidden: int, intermediate: int, is_expert: bool = False) -> tuple[Parameter, ...]:
     """gate_proj, up_proj, down_proj."""
-    return (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+    up = Parameter((intermediate, hidden), is_expert)
+    return up, up, Parameter((hidden, intermediate), is_expert)
 
 
 def _root(vocabulary: int, hidden: int) -> Bucket:
     """The embedding, the last norm and the head, whose weights none of the models ties."""
-    return Bucket("root", 1, ((vocabulary, hidden), (hidden,), (vocabulary, hidden)))
+    return Bucket("root", 1, _of((vocabulary, hidden), (hidden,), (vocabulary, hidden)))
 
 
 def llama_3_70b() -> Model:
@@ -55,9 +70,9 @@ def llama_3_70b() -> Model:
     heads, kv_heads = 64, 8  # num_attention_heads, num_key_value_heads
     vocabulary = 128256  # vocab_size
     kv = kv_heads * hidden // heads
-    attention = (hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)  # q, k, v, o
-    norms = (hidden,), (hidden,)
-    layer = Bucket("layer", layers, (*attention, *_gated_mlp(hidden, intermediate), *norms))
+    attention = _of((hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden))  # q_proj, k_proj, v_proj, o_proj
+    norms = _of((hidden,), (hidden,))
+    layer = Bucket("layer", layers, attention + _gated_mlp(hidden, intermediate) + norms)
     return Model("Llama-3-70B", (layer, _root(vocabulary, hidden)))
 
 
@@ -71,7 +86,7 @@ def deepseek_v3() -> Model:
     q_rank, kv_rank = 1536, 512  # q_lora_rank, kv_lora_rank
     nope, rope, value = 128, 64, 128  # qk_nope_head_dim, qk_rope_head_dim, v_head_dim
     vocabulary = 129280  # vocab_size
-    attention: tuple[Shape, ...] = (
+    attention = _of(
         (q_rank, hidden),  # q_a_proj
         (q_rank,),  # q_a_layernorm
         (heads * (nope + rope), q_rank),  # q_b_proj
@@ -80,14 +95,18 @@ def deepseek_v3() -> Model:
         (heads * (nope + value), kv_rank),  # kv_b_proj
         (hidden, heads * value),  # o_proj
     )
-    norms = (hidden,), (hidden,)
-    router = (experts, hidden), (experts,)  # weight, e_score_correction_bias
-    mixture = (*experts * _gated_mlp(hidden, expert), *router, *_gated_mlp(hidden, shared * expert))
+    mixture = experts * _gated_mlp(hidden, expert, is_expert=True)
+    router = _of((experts, hidden), (experts,))  # weight, e_score_correction_bias
+    norms = _of((hidden,), (hidden,))
     return Model(
         "DeepSeek-V3-671B",
         (
-            Bucket("dense layer", dense, (*attention, *_gated_mlp(hidden, intermediate), *norms)),
-            Bucket("layer of experts", layers - dense, (*attention, *mixture, *norms)),
+            Bucket("dense layer", dense, attention + _gated_mlp(hidden, intermediate) + norms),
+            Bucket(
+                "layer of experts",
+                layers - dense,
+                attention + mixture + router + _gated_mlp(hidden, shared * expert) + norms,
+            ),
             _root(vocabulary, hidden),
         ),
     )
@@ -102,17 +121,17 @@ def gpt_oss_120b() -> Model:
     heads, kv_heads, head = 64, 8, 64  # num_attention_heads, num_key_value_heads, head_dim
     vocabulary = 201088  # vocab_size
     q, kv = heads * head, kv_heads * head
-    attention = (heads,), (q, hidden), (q,), (kv, hidden), (kv,), (kv, hidden), (kv,), (hidden, q), (hidden,)
-    router = (experts, hidden), (experts,)
-    mixture: tuple[Shape, ...] = (
-        (experts, hidden, 2 * intermediate),  # gate_up_proj
-        (experts, 2 * intermediate),  # gate_up_proj_bias
-        (experts, intermediate, hidden),  # down_proj
-        (experts, hidden),  # down_proj_bias
+    # The sinks come first, then q_proj, k_proj, v_proj and o_proj, each with a bias.
+    attention = _of((heads,), (q, hidden), (q,), (kv, hidden), (kv,), (kv, hidden), (kv,), (hidden, q), (hidden,))
+    router = _of((experts, hidden), (experts,))
+    mixture = (
+        Parameter((experts, hidden, 2 * intermediate), is_expert=True),  # gate_up_proj
+        Parameter((experts, 2 * intermediate)),  # gate_up_proj_bias
+        Parameter((experts, intermediate, hidden), is_expert=True),  # down_proj
+        Parameter((experts, hidden)),  # down_proj_bias
     )
-    norms = (hidden,), (hidden,)
-    # The sinks come first, then q, k, v and o, each with a bias.
-    layer = Bucket("layer", layers, (*attention, *router, *mixture, *norms))
+    norms = _of((hidden,), (hidden,))
+    layer = Bucket("layer", layers, attention + router + mixture + norms)
     return Model("GPT-OSS-120B", (layer, _root(vocabulary, hidden)))
 
 
