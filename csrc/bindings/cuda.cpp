@@ -42,6 +42,18 @@ void check_dense(int kind, const char* what) {
   if (SR_TARGET::is_sparse(Kind(kind))) throw std::invalid_argument(std::string("packets of top-k cannot ") + what);
 }
 
+void cuda_encode_rounded(uintptr_t input, int element_type, uintptr_t segments, int64_t segment_count,
+                         uintptr_t packets, int64_t packet_count, int kind, int64_t group, bool hadamard,
+                         bool stochastic, uint64_t seed, uintptr_t step, uintptr_t out, int64_t stride,
+                         uintptr_t stream) {
+  check_dense(kind, "be made of rounded elements");
+  cuda::encode_rounded(
+      {pointer<const void>(input), type(element_type), nullptr, layout(segments, segment_count, packets, packet_count),
+       format(kind, group, hadamard, stochastic), seed, pointer<const int64_t>(step), pointer<uint8_t>(out), stride,
+       nullptr, 0},
+      stream_of(stream));
+}
+
 void cuda_encode_difference(uintptr_t minuend, uintptr_t subtrahend, int element_type, uintptr_t segments,
                             int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
                             bool hadamard, bool stochastic, uint64_t seed, uintptr_t step, uintptr_t out,
@@ -121,6 +133,7 @@ void register_cuda(py::module_& module) {
   module.def("cuda_runtime_version", &cuda::runtime_version);
   module.def("cuda_scratch_nbytes", &cuda_scratch_nbytes);
   module.def("cuda_encode", &cuda_encode, release_gil());
+  module.def("cuda_encode_rounded", &cuda_encode_rounded, release_gil());
   module.def("cuda_encode_difference", &cuda_encode_difference, release_gil());
   module.def("cuda_decode", &cuda_decode, release_gil());
   module.def("cuda_decode_add", &cuda_decode_add, release_gil());

@@ -57,6 +57,15 @@ void cpu_encode(uintptr_t input, int element_type, uintptr_t residual, uintptr_t
               threads);
 }
 
+void cpu_encode_rounded(uintptr_t input, int element_type, uintptr_t segments, int64_t segment_count, uintptr_t packets,
+                        int64_t packet_count, int kind, int64_t group, bool hadamard, bool stochastic, uint64_t seed,
+                        uint64_t step, uintptr_t out, int64_t stride, int threads) {
+  cpu::encode_rounded(
+      {pointer<const void>(input), type(element_type), nullptr, layout(segments, segment_count, packets, packet_count),
+       format(kind, group, hadamard, stochastic), seed, step, pointer<uint8_t>(out), stride, nullptr},
+      threads);
+}
+
 void cpu_encode_difference(uintptr_t minuend, uintptr_t subtrahend, int element_type, uintptr_t segments,
                            int64_t segment_count, uintptr_t packets, int64_t packet_count, int kind, int64_t group,
                            bool hadamard, bool stochastic, uint64_t seed, uint64_t step, uintptr_t out, int64_t stride,
@@ -148,6 +157,7 @@ PYBIND11_MODULE(_C, module) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   module.def("cpu_scratch_nbytes", &cpu_scratch_nbytes);
   module.def("cpu_encode", &cpu_encode, release_gil());
+  module.def("cpu_encode_rounded", &cpu_encode_rounded, release_gil());
   module.def("cpu_encode_difference", &cpu_encode_difference, release_gil());
   module.def("cpu_decode", &cpu_decode, release_gil());
   module.def("cpu_decode_add", &cpu_decode_add, release_gil());

@@ -199,6 +199,13 @@ void encode(const EncodeArgs& args, int threads) {
   over_groups(kernels().encode, args, threads);
 }
 
+void encode_rounded(const EncodeArgs& args, int threads) {
+  refuse_sparse(args.format, "be made of rounded elements");
+  if (args.type == ElementType::kFloat32) return encode(args, threads);
+  write_headers(args);
+  over_groups(kernels().encode_rounded, args, threads);
+}
+
 void encode_difference(const EncodeDifferenceArgs& args, int threads) {
   refuse_sparse(args.format, "encode the difference of two buffers");
   write_headers(args);

@@ -14,6 +14,8 @@ void set_isa(const std::string& name);  // throws std::invalid_argument if it is
 
 // Throw std::invalid_argument if a packet is not what layout and format say.
 void encode(const EncodeArgs& args, int threads);
+// Of an fp32 buffer rounded to the type, without residual. No TopK.
+void encode_rounded(const EncodeArgs& args, int threads);
 void encode_difference(const EncodeDifferenceArgs& args, int threads);
 void decode(const DecodeArgs& args, int threads);
 void reduce(const ReduceArgs& args, int threads);

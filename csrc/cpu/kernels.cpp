@@ -82,6 +82,19 @@ void encode_loaded(LoadedSource source, const Format& format, const Run& run, ui
   });
 }
 
+void encode_rounded(const EncodeArgs& args, int64_t begin, int64_t end) {
+  const auto* input = static_cast<const float*>(args.input);
+  RandomKey key = random_key(args.seed, args.step);
+  LoadTile load =
+      args.type == ElementType::kBFloat16 ? load_rounded<RoundedToBFloat16> : load_rounded<RoundedToFloat16>;
+  for_each_run(args.layout, args.format.group, begin, end, [&](const Run& run) {
+    const Segment& segment = *run.segment;
+    Rounded elements{input + segment.offset, segment.length, args.format.hadamard};
+    encode_loaded({load, &elements, nullptr, 0, 0}, args.format, run, args.packets + segment.packet * args.stride,
+                  args.layout.packets[segment.packet], key);
+  });
+}
+
 void encode_difference(const EncodeDifferenceArgs& args, int64_t begin, int64_t end) {
   RandomKey key = random_key(args.seed, args.step);
   LoadTile load = with_buffer(args.type, [](auto buffer) -> LoadTile { return load_difference<decltype(buffer)>; });
@@ -174,6 +187,6 @@ void reduce(const ReduceArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {encode, encode_difference, decode, reduce, reduce_encode};
+const cpu::Kernels kernels = {encode, encode_rounded, encode_difference, decode, reduce, reduce_encode};
 
 }  // namespace smallreduce::SR_TARGET

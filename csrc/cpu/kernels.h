@@ -72,6 +72,7 @@ struct ReduceEncodeArgs {
 // Each writes scales and codes, or elements, of groups [begin, end) of the layout. Headers and padding are the caller's.
 struct Kernels {
   void (*encode)(const EncodeArgs&, int64_t begin, int64_t end);
+  void (*encode_rounded)(const EncodeArgs&, int64_t begin, int64_t end);  // of an fp32 buffer; `type` is a narrower one
   void (*encode_difference)(const EncodeDifferenceArgs&, int64_t begin, int64_t end);
   void (*decode)(const DecodeArgs&, int64_t begin, int64_t end);
   void (*reduce)(const ReduceArgs&, int64_t begin, int64_t end);

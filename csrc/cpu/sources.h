@@ -1,5 +1,5 @@
-// Where the values that are encoded come from, tile by tile: a worker's elements, the difference of two buffers, or the sum of
-// the ranks' packets.
+// Where the values that are encoded come from, tile by tile: a worker's elements, as they are or rounded, the difference of two
+// buffers, or the sum of the ranks' packets.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -120,7 +120,34 @@ struct LoadedSource {
   }
 };
 
-// What new values add to old ones, over one segment. With Hadamard the elements of a run are those of whole blocks.
+// How many of the `count` elements of a tile, which with Hadamard are those of whole blocks, the segment has.
+SR_FN int64_t present_of(int64_t length, int64_t begin, int64_t count) {
+  return length - begin < count ? length - begin : count;
+}
+
+// From these to the transformed domain, in place.
+SR_FN void transform(int64_t present, int64_t count, float* __restrict tile) {
+  for (int64_t i = present; i < count; ++i) tile[i] = 0.0f;
+  for (int64_t b = 0; b < blocks_of(count); ++b) hadamard_block(tile + b * kBlock, 0x1p-5f);
+}
+
+// Elements of an fp32 buffer that are rounded, over one segment.
+struct Rounded {
+  const float* input;
+  int64_t length;
+  bool hadamard;
+};
+
+template <typename Buffer>
+void load_rounded(const void* from, int64_t begin, int64_t count, float* __restrict tile) {
+  const Rounded elements = *static_cast<const Rounded*>(from);
+  const float* input = elements.input + begin;
+  int64_t present = present_of(elements.length, begin, count);
+  for (int64_t i = 0; i < present; ++i) tile[i] = Buffer::load(input[i]);
+  if (elements.hadamard) transform(present, count, tile);
+}
+
+// What new values add to old ones, over one segment.
 struct Difference {
   const float* minuend;
   const void* subtrahend;
@@ -133,11 +160,9 @@ void load_difference(const void* from, int64_t begin, int64_t count, float* __re
   const Difference pair = *static_cast<const Difference*>(from);
   const float* minuend = pair.minuend + begin;
   const auto* subtrahend = static_cast<const typename Buffer::Storage*>(pair.subtrahend) + begin;
-  int64_t present = pair.length - begin < count ? pair.length - begin : count;
+  int64_t present = present_of(pair.length, begin, count);
   for (int64_t i = 0; i < present; ++i) tile[i] = minuend[i] - Buffer::load(subtrahend[i]);
-  if (!pair.hadamard) return;
-  for (int64_t i = present; i < count; ++i) tile[i] = 0.0f;
-  for (int64_t b = 0; b < blocks_of(count); ++b) hadamard_block(tile + b * kBlock, 0x1p-5f);
+  if (pair.hadamard) transform(present, count, tile);
 }
 
 }  // namespace smallreduce::SR_TARGET

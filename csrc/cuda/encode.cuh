@@ -1,5 +1,5 @@
-// Values to packets of IntQuant and Cast. The values come from a source: a worker's own elements, the difference of two buffers, or the
-// sum of the ranks' packets.
+// Values to packets of IntQuant and Cast. The values come from a source: a worker's own elements, which their buffer may round, the
+// difference of two buffers, or the sum of the ranks' packets.
 #pragma once
 
 #include "cuda/hadamard.cuh"

@@ -87,6 +87,7 @@ struct ReduceEncodeArgs {
 };
 
 void encode(const EncodeArgs& args, cudaStream_t stream);
+void encode_rounded(const EncodeArgs& args, cudaStream_t stream);  // an fp32 buffer, to `type`; no residual, no TopK
 void encode_difference(const EncodeDifferenceArgs& args, cudaStream_t stream);
 void decode(const DecodeArgs& args, cudaStream_t stream);
 void decode_add(const DecodeArgs& args, cudaStream_t stream);  // to what the output holds; of one rank, no TopK

@@ -60,6 +60,7 @@ void launch(cudaStream_t stream, const Args&... args) {
 void encode_int(const cuda::EncodeArgs& args, cudaStream_t stream);
 void encode_cast(const cuda::EncodeArgs& args, cudaStream_t stream);
 void encode_sign(const cuda::EncodeArgs& args, cudaStream_t stream);
+void encode_rounded_sign(const cuda::EncodeArgs& args, cudaStream_t stream);
 void encode_difference_sign(const cuda::EncodeDifferenceArgs& args, cudaStream_t stream);
 void decode_int(const cuda::DecodeArgs& args, cudaStream_t stream);
 void decode_cast(const cuda::DecodeArgs& args, cudaStream_t stream);

@@ -13,6 +13,12 @@ void encode_sign(const cuda::EncodeArgs& args, cudaStream_t stream) {
   }
 }
 
+void encode_rounded_sign(const cuda::EncodeArgs& args, cudaStream_t stream) {
+  SignTiling tiling = sign_tiling_of(args.format);
+  if (args.type == ElementType::kBFloat16) return launch<encode_sign_kernel<RoundedToBFloat16>>(stream, args, tiling);
+  launch<encode_sign_kernel<RoundedToFloat16>>(stream, args, tiling);
+}
+
 void encode_difference_sign(const cuda::EncodeDifferenceArgs& args, cudaStream_t stream) {
   launch<encode_sign_difference_kernel>(stream, args, sign_tiling_of(args.format));
 }

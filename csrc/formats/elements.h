@@ -71,6 +71,20 @@ struct SmallFloat {
     return magnitude > kInfBits || (magnitude == kInfBits && kInf == kNan) ? kNan : result;
   }
 
+  // The nearest value of a type that has an Inf, which is nearest from half a step beyond the largest on.
+  SR_FN float nearest(float value) {
+    static_assert(kInf != kNan, "beyond the largest value there is nothing");
+    constexpr uint32_t smallest_normal = (kRebias + 1) << 23, infinite = (kInf << kShift) + (kRebias << 23);
+    uint32_t sign = bits_of(value) & kSignBit;
+    float magnitude = float_of(bits_of(value) ^ sign);
+    float normal = magnitude > float_of(smallest_normal) ? magnitude : float_of(smallest_normal);
+    // A sum with this power of two is rounded to the target's step at the value. Where it overflows, so does the target.
+    float magic = float_of((bits_of(normal) & kInfBits) + (uint32_t(kShift) << 23));
+    float rounded = magnitude + magic - magic;
+    float result = rounded < float_of(infinite) ? rounded : magnitude * float_of(kInfBits);  // Inf, or NaN as it was
+    return float_of(sign | bits_of(result));
+  }
+
   SR_FN float to_float(uint32_t small) {
     constexpr uint32_t top = ((1u << kExponent) - 1) << kMantissa;
     uint32_t magnitude = small & (kSign - 1), sign = (small & kSign) << (31 - kExponent - kMantissa);
@@ -101,6 +115,20 @@ struct Float16Buffer {
   using Storage = uint16_t;
   SR_FN float load(Storage stored) { return Float16::to_float(stored); }
   SR_FN Storage store(float value) { return uint16_t(Float16::from_float(value)); }
+};
+
+// Reads an element of an fp32 buffer as torch casts it to a narrower type: where storing saturates, this gives Inf.
+struct RoundedToBFloat16 {
+  using Storage = float;
+  SR_FN float load(Storage stored) {
+    uint32_t bits = bits_of(stored);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return stored != stored ? stored : float_of(rounded);
+  }
+};
+struct RoundedToFloat16 {
+  using Storage = float;
+  SR_FN float load(Storage stored) { return Float16::nearest(stored); }
 };
 
 }  // namespace smallreduce::SR_TARGET

@@ -194,6 +194,12 @@ void run_one(uint64_t seed, Counts& counts) {
                 threads);
     expect_finite(residual, seed);
     if (is_sparse(kind)) continue;
+    Bytes original = bytes(4 * made.extent);
+    for (int64_t i = 0; i < 4 * made.extent; ++i) original[size_t(i)] = uint8_t(random());
+    cpu::encode_rounded(
+        {original.get(), made.type, nullptr, layout, made.format, seed, 0, packets + r * stride, stride, nullptr},
+        threads);
+    if (random() % 2 == 0) continue;
     std::vector<float> minuend(size_t(made.extent), float(r));
     cpu::encode_difference(
         {minuend.data(), input.get(), made.type, layout, made.format, seed, 0, packets + r * stride, stride}, threads);
