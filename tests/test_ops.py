@@ -10,7 +10,7 @@ from torch import Tensor
 
 import smallreduce as sr
 from smallreduce import ops
-from smallreduce._layout import Layout
+from smallreduce._layout import ELEMENT_TYPES, Layout
 
 LAYOUT = Layout.build([(3, 500), (600, 41)], sr.IntQuant(4).format, torch.float32, packets=2)
 SPARSE = Layout.build([(3, 500), (600, 41)], sr.TopK(0.1).format, torch.float32, packets=2)
@@ -39,6 +39,9 @@ def _arguments(name: str, layout: Layout = LAYOUT) -> tuple[Any, ...]:
             x, worker, *whole, stochastic, 700, layout.origin_end, 5, step, torch.zeros_like(packets), stride, scratch,
         ),
         "decode": (packets, stride, *whole, layout.extent, torch.zeros(700), None, scratch),
+        "encode_rounded": (
+            x, *whole, stochastic, 700, 5, step, torch.zeros_like(packets), stride, ELEMENT_TYPES[layout.dtype],
+        ),
         "encode_difference": (
             x, x.roll(1), *whole, stochastic, 700, 5, step, torch.zeros_like(packets), stride,
         ),
@@ -53,7 +56,7 @@ def _arguments(name: str, layout: Layout = LAYOUT) -> tuple[Any, ...]:
 
 
 NAMES = ["encode", "decode", "reduce", "reduce_encode"]
-DENSE_NAMES = [*NAMES, "encode_difference", "decode_add"]
+DENSE_NAMES = [*NAMES, "encode_rounded", "encode_difference", "decode_add"]
 EACH_OPERATOR = pytest.mark.parametrize(
     ("name", "layout"),
     [(name, LAYOUT) for name in DENSE_NAMES] + [(name, SPARSE) for name in [*NAMES, "clear"]],
@@ -121,6 +124,8 @@ def _call(**changes: Any) -> None:
         "encode": "input residual segments table kind group hadamard stochastic extent blocks seed step packets stride "
         "scratch",
         "decode": "packets stride segments table kind group hadamard extent output error scratch",
+        "encode_rounded": "input segments table kind group hadamard stochastic extent seed step packets stride "
+        "element_type",
         "encode_difference": "minuend subtrahend segments table kind group hadamard stochastic extent seed step "
         "packets stride",
         "decode_add": "packets stride segments table kind group hadamard extent output error",
@@ -178,6 +183,13 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "32 bytes apart", {"operator": "reduce_encode", "nbytes": 32}),
     (ValueError, "must both have a Hadamard", {"operator": "reduce_encode", "into_hadamard": True}),
     (ValueError, "of their own format only", {"operator": "reduce_encode", "into_kind": 32, "into_group": 32}),
+    (TypeError, "input must be torch.float32", {"operator": "encode_rounded", "input": torch.zeros(700).bfloat16()}),
+    (ValueError, "input must have at least", {"operator": "encode_rounded", "input": torch.zeros(699)}),
+    (ValueError, "input must be contiguous", {"operator": "encode_rounded", "input": torch.zeros(1400)[::2]}),
+    (ValueError, "packets must have at least", {"operator": "encode_rounded", "packets": BYTES[:100]}),
+    (TypeError, "step must be torch.int64", {"operator": "encode_rounded", "step": torch.tensor(1.0)}),
+    (ValueError, "element type is 3, expected 0 to 2", {"operator": "encode_rounded", "element_type": 3}),
+    (ValueError, "of top-k cannot be made of", {"operator": "encode_rounded", "kind": 32, "group": 32}),
     (TypeError, "minuend must be torch.float32", {"operator": "encode_difference", "minuend": torch.zeros(700).half()}),
     (ValueError, "minuend must have at least", {"operator": "encode_difference", "minuend": torch.zeros(699)}),
     (TypeError, "subtrahend must be one of", {"operator": "encode_difference", "subtrahend": torch.zeros(700).int()}),
@@ -268,6 +280,42 @@ def test_formats_that_do_not_go_together(
     for _ in range(2):  # whether the segments are the same is remembered
         with pytest.raises(error, match=message):
             ops.reduce_encode(BYTES, READ.stride, 2, 0.5, READ, BYTES, into=into)
+
+
+# What bf16 and fp16 round to Inf, to a denormal and to zero; NaN and Inf themselves; and, beside them, ordinary values.
+EXTREMES = [3.4e38, -3.3962e38, 65519.99, -65520.0, 1e6, 1e-39, -3e-8, 2e-8, float("nan"), float("inf"), -0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "int8", "int8:rounding=nearest", "int4:group=64", "int4:group=2048,rounding=nearest", "int2", "int8-hadamard",
+        "int4-hadamard:rounding=nearest", "sign", "fp32", "bf16", "fp16", "fp8-e4m3", "fp8-e5m2",
+    ],
+)  # fmt: skip
+def test_rounded_packets_are_those_of_a_cast(codec: str, dtype: torch.dtype) -> None:
+    """Of segments with gaps between them and out of order; in some groups there are values beyond the dtype."""
+    packet_codec = sr.codec(codec)
+    assert isinstance(packet_codec, sr.PacketCodec)
+    layout = Layout.build([(5000, 1000), (3, 2500), (2600, 0), (2601, 2301)], packet_codec.format, dtype, packets=3)
+    x = torch.randn(6100, generator=torch.Generator().manual_seed(4))
+    x[torch.arange(len(EXTREMES)) * 97 + 1700] = torch.tensor(EXTREMES)
+    rounded, of_cast = torch.full((2, 3 * layout.stride), 0xA5, dtype=torch.uint8)
+    step = torch.tensor(8)
+    ops.encode_rounded(x, layout, rounded, seed=6, step=step)
+    ops.encode(x.to(dtype), layout, of_cast, seed=6, step=step)
+    assert torch.equal(rounded, of_cast)
+    decoded, expected = torch.zeros(2, 6100, dtype=dtype)
+    ops.decode(rounded, layout, decoded)
+    ops.decode(of_cast, layout, expected)
+    assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_sparse_packets_are_not_made_of_rounded_elements() -> None:
+    sparse = Layout.build([(3, 500)], sr.TopK(0.1).format, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"topk of fp32 values .* cannot be made of rounded elements; use one that"):
+        ops.encode_rounded(torch.zeros(700), sparse, torch.zeros(sparse.stride, dtype=torch.uint8))
 
 
 def test_a_difference_is_encoded_and_added() -> None:

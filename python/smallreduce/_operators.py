@@ -25,6 +25,8 @@ _LAYOUT = "Tensor segments, Tensor table, int kind, int group, bool hadamard"
 _SCHEMAS = (
     f"encode(Tensor input, Tensor(a!)? residual, {_LAYOUT}, bool stochastic, int extent, int blocks, int seed, "
     "Tensor? step, Tensor(b!) packets, int stride, Tensor(c!)? scratch) -> ()",
+    f"encode_rounded(Tensor input, {_LAYOUT}, bool stochastic, int extent, int seed, Tensor? step, "
+    "Tensor(a!) packets, int stride, int element_type) -> ()",
     f"encode_difference(Tensor minuend, Tensor subtrahend, {_LAYOUT}, bool stochastic, int extent, int seed, "
     "Tensor? step, Tensor(a!) packets, int stride) -> ()",
     f"decode(Tensor packets, int stride, {_LAYOUT}, int extent, Tensor(a!) output, Tensor(b!)? error, "
@@ -212,6 +214,33 @@ def encode(
         "encode", device, input.data_ptr(), ELEMENT_TYPES[input.dtype], _pointer(residual),
         *_tables(segments, table), kind, group, hadamard, stochastic, seed & SEED_MASK, _step(step), packets.data_ptr(),
         stride, *_scratch(scratch),
+    )  # fmt: skip
+
+
+@_operator
+def encode_rounded(
+    input: Tensor,
+    segments: Tensor,
+    table: Tensor,
+    kind: int,
+    group: int,
+    hadamard: bool,
+    stochastic: bool,
+    extent: int,
+    seed: int,
+    step: Tensor | None,
+    packets: Tensor,
+    stride: int,
+    element_type: int,
+) -> Callable[[], None]:
+    device = input.device
+    _check(input, "input", torch.float32, extent, device)
+    _check_layout(segments, table, device)
+    _check_optional(None, 0, step, None, None, device)
+    _check_packets(packets, "packets", stride, table.shape[0], device)
+    return lambda: _launch(
+        "encode_rounded", device, input.data_ptr(), element_type, *_tables(segments, table), kind, group, hadamard,
+        stochastic, seed & SEED_MASK, _step(step), packets.data_ptr(), stride,
     )  # fmt: skip
 
 

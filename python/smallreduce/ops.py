@@ -13,7 +13,7 @@ from smallreduce._layout import ELEMENT_TYPES, Layout
 from smallreduce._native import native
 from smallreduce._operators import SEED_MASK, require_cuda
 
-__all__ = ["clear", "decode", "decode_add", "encode", "encode_difference", "reduce", "reduce_encode"]
+__all__ = ["clear", "decode", "decode_add", "encode", "encode_difference", "encode_rounded", "reduce", "reduce_encode"]
 
 
 def _signed(seed: int) -> int:
@@ -90,6 +90,33 @@ def encode(
     torch.ops.smallreduce.encode(
         input, residual, segments, table, kind, group, hadamard, stochastic, layout.extent, layout.origin_end,
         _signed(seed), step, packets, layout.stride, _scratch_for(layout, input.device),
+    )  # fmt: skip
+
+
+def encode_rounded(
+    input: Tensor,
+    layout: Layout,
+    packets: Tensor,
+    seed: int = 0,
+    step: Tensor | None = None,
+) -> None:
+    """Encodes an fp32 ``input``, cast to ``layout.dtype``, into ``packets``, ``layout.stride`` bytes apart.
+
+    The packets are those that :func:`encode` makes of ``input.to(layout.dtype)``, to the bit, without that buffer: a
+    finite value that torch's cast makes Inf is Inf here too. For a shard kept in fp32 and gathered in the dtype in
+    which it is computed with.
+
+    Args:
+        input: Contiguous, fp32, indexed by the segments of ``layout``.
+        layout: Of a codec that sends every element. With an fp32 ``layout.dtype`` this is :func:`encode`.
+        packets, seed, step: As for :func:`encode`.
+    """
+    _check_dense(layout, "cannot be made of rounded elements")
+    segments, table = layout.on(input.device)
+    kind, group, hadamard, stochastic, _ = layout.format
+    torch.ops.smallreduce.encode_rounded(
+        input, segments, table, kind, group, hadamard, stochastic, layout.extent, _signed(seed), step, packets,
+        layout.stride, ELEMENT_TYPES[layout.dtype],
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from formats import reference
-from formats.reference import F32, FP32, Bits, Codec, ElementType
+from formats.reference import BF16, F32, FP16, FP32, Bits, Codec, ElementType
 from kernels import cases
 from kernels.cases import CODECS, Guarded, Table
 from kernels.native import Kernels, Layout, build_layout
@@ -140,6 +140,52 @@ def _expected_encoding(case: Case, with_residual: bool) -> tuple[list[bytes], F3
         step=case.step,
         residual=cases.residual(case.contents, case.seed, case.table.blocks) if with_residual else None,
     )
+
+
+# From here on a cast makes Inf of a finite magnitude: half a step beyond the largest that the type has.
+_CAST_TO_INFINITY = {BF16: np.float32(float.fromhex("0x1.ffp127")), FP16: np.float32(65520)}
+
+
+def as_cast(values: F32, element: ElementType) -> Bits:
+    """fp32 values as torch casts them; ``from_float`` but for the finite values that it saturates."""
+    if element in _CAST_TO_INFINITY:
+        beyond = np.abs(values) >= _CAST_TO_INFINITY[element]
+        values = np.where(beyond, np.copysign(np.float32(np.inf), values), values)
+    return reference.from_float(values, element)
+
+
+def check_encode_rounded(module: Any, kernels: Kernels, case: Case) -> None:
+    layout = layout_of(module, case)
+    original, expected = _expected_rounded(case)
+    guard, x = cases.guarded_copy(original, case.skip)
+    out = PacketMemory(layout.nbytes, case.packet_skip, case.stride_slack)
+    kernels.encode_rounded(
+        x.view(np.float32), case.element, layout, case.codec, out.bytes, out.stride,
+        stochastic=case.stochastic, seed=case.random_seed, step=case.step,
+    )  # fmt: skip
+    out.assert_holds(expected, "packet")
+    assert_same(x, original, "input")
+    guard.assert_intact()
+
+
+@functools.lru_cache(maxsize=2)
+def _expected_rounded(case: Case) -> tuple[F32, list[bytes]]:
+    """The fp32 input, with the case's contents of either type, and the packets."""
+    narrow = reference.to_float(case.buffer, case.element)
+    with np.errstate(all="ignore"):
+        near = narrow + narrow * cases.contents("normal", case.seed, case.table.numel, FP32).view(np.float32) / 256
+    wide = cases.contents(case.contents, case.seed + 500, case.table.numel, FP32).view(np.float32)
+    original = np.where(np.arange(len(narrow)) % 7 == 0, wide, near)
+    packets, _ = reference.encode(
+        as_cast(original, case.element),
+        case.table.cut(case.codec),
+        case.codec,
+        case.element,
+        stochastic=case.stochastic,
+        seed=case.random_seed,
+        step=case.step,
+    )
+    return original, packets
 
 
 def check_encode_difference(module: Any, kernels: Kernels, case: Case) -> None:

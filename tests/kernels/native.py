@@ -112,6 +112,16 @@ class Kernels:
                 stochastic, seed, at, address(out), stride, *scratch, checked=False,
             )  # fmt: skip
 
+    def encode_rounded(
+        self, x: F32, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int, *,
+        stochastic: bool = False, seed: int = 0, step: int = 0,
+    ) -> None:  # fmt: skip
+        with self._step(step) as at:
+            self._call(
+                "encode_rounded", address(x), type_number(element), *layout.arguments, *packing(codec), stochastic,
+                seed, at, address(out), stride, checked=False,
+            )  # fmt: skip
+
     def encode_difference(
         self, minuend: F32, subtrahend: Bits, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int,
         *, stochastic: bool = False, seed: int = 0, step: int = 0,

@@ -19,11 +19,13 @@ from kernels.cases import CODECS, CONTENTS, ELEMENTS, Table
 from kernels.equality import (
     Case,
     PacketMemory,
+    as_cast,
     assert_same,
     check_decode,
     check_decode_add,
     check_encode,
     check_encode_difference,
+    check_encode_rounded,
     check_reduce,
     check_reduce_encode,
     check_reduce_encode_into,
@@ -50,6 +52,7 @@ ONE_THREAD = CpuKernels(_C)
 KERNELS: dict[str, Callable[[CpuKernels, Case], None]] = {
     "encode": lambda kernels, case: check_encode(_C, kernels, case),
     "encode-residual": lambda kernels, case: check_encode(_C, kernels, case, with_residual=True),
+    "encode-rounded": lambda kernels, case: check_encode_rounded(_C, kernels, case),
     "encode-difference": lambda kernels, case: check_encode_difference(_C, kernels, case),
     "decode": lambda kernels, case: check_decode(_C, kernels, case),
     "decode-add": lambda kernels, case: check_decode_add(_C, kernels, case),
@@ -217,6 +220,23 @@ def test_golden_packets_of_differences(isa: str, golden: Golden) -> None:
         assert_same(output[offset : offset + length], expected[offset : offset + length], "sum")
 
 
+@pytest.mark.parametrize(("element", "dtype"), [(BF16, torch.bfloat16), (FP16, torch.float16)], ids=["bf16", "fp16"])
+def test_elements_are_rounded_as_torch_casts_them(isa: str, element: reference.ElementType, dtype: torch.dtype) -> None:
+    """On either side of every tie and on it, of every exponent: Cast to fp32 shows what was made of them."""
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    ties = [0x0000, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
+    values = (high[:, None] | np.array(ties, np.uint32)).reshape(-1).view(np.float32)
+    cast = torch.from_numpy(values).to(dtype).view(torch.uint16).numpy()
+    expected = reference.to_float(cast, element)  # which has but one NaN
+    assert_same(reference.to_float(as_cast(values, element), element), expected, "the reference")
+    codec = CODECS["cast-fp32"]
+    layout = build_layout(_C, [(0, len(values))], codec, element)
+    out = PacketMemory(layout.nbytes, 0, 0)
+    ONE_THREAD.encode_rounded(values, element, layout, codec, out.bytes, out.stride)
+    written = out.bytes[reference.HEADER_NBYTES :].view(np.float32)
+    assert_same(written[: len(values)], expected, "the kernel")
+
+
 def test_golden_sum_in_another_format(isa: str) -> None:
     layouts = [build_layout(_C, [(0, 9)], codec, FP32) for codec in (INTO_INT4.read, INTO_INT4.written)]
     memory = PacketMemory(layouts[0].nbytes * 2, 0, 0)
@@ -378,6 +398,8 @@ def test_packets_too_short_are_refused(missing: int) -> None:
     out = PacketMemory(layout.nbytes, 0, 0)
     with pytest.raises(ValueError):
         ONE_THREAD.encode(case.buffer, FP32, layout, case.codec, out.bytes, stride)
+    with pytest.raises(ValueError):
+        ONE_THREAD.encode_rounded(output.view(np.float32), FP32, layout, case.codec, out.bytes, stride)
     with pytest.raises(ValueError):
         ONE_THREAD.encode_difference(output.view(np.float32), output, FP32, layout, case.codec, out.bytes, stride)
     for decode in (ONE_THREAD.decode, ONE_THREAD.decode_add):

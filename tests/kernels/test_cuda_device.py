@@ -119,6 +119,19 @@ class DeviceKernels(Kernels):
 
         self._run("cuda_encode", arguments, checked=False)
 
+    def encode_rounded(
+        self, x: F32, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int, *,
+        stochastic: bool = False, seed: int = 0, step: int = 0,
+    ) -> None:  # fmt: skip
+        def arguments(put: Put) -> tuple[Any, ...]:
+            step_word = put(np.array([step], np.int64))
+            return (
+                put(x), type_number(element), *tables(put, layout), *packing(codec), stochastic, seed, step_word,
+                put(out), stride,
+            )  # fmt: skip
+
+        self._run("cuda_encode_rounded", arguments, checked=False)
+
     def encode_difference(
         self, minuend: F32, subtrahend: Bits, element: ElementType, layout: Layout, codec: Codec, out: U8, stride: int,
         *, stochastic: bool = False, seed: int = 0, step: int = 0,

@@ -22,6 +22,7 @@ from kernels.equality import (
     check_decode_add,
     check_encode,
     check_encode_difference,
+    check_encode_rounded,
     check_reduce,
     check_reduce_encode,
     check_reduce_encode_into,
@@ -59,6 +60,7 @@ def kernels(emulated: Any, request: pytest.FixtureRequest) -> CudaKernels:
 KERNELS: dict[str, Callable[[CudaKernels, Case], None]] = {
     "encode": lambda kernels, case: check_encode(_C, kernels, case),
     "encode-residual": lambda kernels, case: check_encode(_C, kernels, case, with_residual=True),
+    "encode-rounded": lambda kernels, case: check_encode_rounded(_C, kernels, case),
     "encode-difference": lambda kernels, case: check_encode_difference(_C, kernels, case),
     "decode": lambda kernels, case: check_decode(_C, kernels, case),
     "decode-add": lambda kernels, case: check_decode_add(_C, kernels, case),
