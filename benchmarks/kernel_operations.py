@@ -218,6 +218,51 @@ class ShardedBuffers(Operations):
             check_distance(self.WRITTEN, mean, reduced)
 
 
+class RoundedBuffers(Operations):
+    """Packets of an fp32 buffer as it is once cast to the dtype of ``x``, in one pass and in two."""
+
+    def __init__(self, codec: sr.PacketCodec, x: Tensor) -> None:
+        super().__init__(x)
+        self.codec = codec
+        self.layout = Layout.build([(0, x.numel())], codec.format, x.dtype)
+        self.original = x.float() + 0.001 * x.float().roll(1)
+        self.cast = torch.zeros_like(x)
+        self.packet, self.packet_of_cast = torch.zeros(2, self.layout.stride, dtype=torch.uint8, device=x.device)
+
+    def calls(self) -> dict[str, Callable[[], None]]:
+        def cast_and_encode() -> None:
+            self.cast.copy_(self.original)
+            ops.encode(self.cast, self.layout, self.packet_of_cast, seed=1)
+
+        return {
+            "encode rounded": lambda: ops.encode_rounded(self.original, self.layout, self.packet, seed=1),
+            "cast, encode": cast_and_encode,
+        }
+
+    def codec_of(self, operation: str) -> str:
+        return str(self.codec)
+
+    def bits_of(self, operation: str) -> float:
+        return self.codec.bits_per_element
+
+    def uncompressed_nbytes(self, operation: str) -> int:
+        return self.original.nbytes
+
+    def moved_nbytes(self, operation: str) -> int:
+        between = 2 * self.cast.nbytes if operation == "cast, encode" else 0
+        return self.original.nbytes + between + self.layout.stride
+
+    def reset(self) -> None:
+        """Each call writes all that it reads but the input."""
+
+    def written(self, operation: str) -> list[Tensor]:
+        return [self.packet_of_cast if operation == "cast, encode" else self.packet]
+
+    def check(self) -> None:
+        if not torch.equal(self.packet, self.packet_of_cast):
+            raise AssertionError(f"{self.codec} of {self.x.dtype}: not the packet of the buffer after the cast")
+
+
 def check_decoded(codec: sr.PacketCodec, x: Tensor, decoded: Tensor) -> None:
     """Raises AssertionError unless ``decoded`` is what ``codec`` promises of ``x``."""
     if isinstance(codec, sr.TopK):

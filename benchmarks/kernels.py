@@ -12,7 +12,8 @@ Results are checked in the same run: every instruction set must give the same bi
 decoded must lie as close to the input as the format promises. 1 GB is 1e9 bytes.
 
 Beside the codecs' operations, those of sharded training (SDP4Bit): packets of int8 summed into one of int4, a weight
-difference encoded, where the uncompressed side is both buffers that are read, and added.
+difference encoded, where the uncompressed side is both buffers that are read, and added. Of the narrower dtypes also an
+fp32 buffer, the uncompressed side, encoded as it is once cast: in one pass, and as a cast and an encoding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 import peers
 import smallreduce as sr
-from kernel_operations import Buffers, Operations, ShardedBuffers
+from kernel_operations import Buffers, Operations, RoundedBuffers, ShardedBuffers
 from measurement import Spread, interleaved_seconds, save, table
 from smallreduce._native import native
 
@@ -61,7 +62,7 @@ def target(device: str, dtype: str, codec: str, operation: str) -> float | None:
     if codec.startswith("topk"):
         # 2.5 times as long as one read of the input; a copy's bytes are read and written.
         return 0.4 if (codec, operation) == ("topk:0.001", "encode") else None
-    if operation in ("encode", "decode", "encode difference", "decode+add"):
+    if operation in ("encode", "encode rounded", "decode", "encode difference", "decode+add"):
         return 0.80 if "hadamard" in codec else 0.88
     return 0.80 if operation == "reduce" else None
 
@@ -224,6 +225,12 @@ def format_rows(rows: Sequence[Row]) -> str:
     return table(header, cells)
 
 
+def packet_codec(spelling: str) -> sr.PacketCodec:
+    codec = sr.codec(spelling)
+    assert isinstance(codec, sr.PacketCodec), f"{spelling} makes no packets"
+    return codec
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -255,11 +262,14 @@ def main() -> None:
         # A whole number of the largest groups, so that no part of what is timed is a special case.
         numel = nbytes // dtype.itemsize // 2048 * 2048
         x = torch.randn(numel, generator=generator, device=args.device).to(dtype)
-        for spelling in args.codecs:
-            codec = sr.codec(spelling)
-            assert isinstance(codec, sr.PacketCodec), f"{spelling} makes no packets"
-            report(measure(functools.partial(Buffers, codec), x, name, args.threads, args.repeats))
-        report(measure(ShardedBuffers, x, name, args.threads, args.repeats))
+        makers: list[Callable[[Tensor], Operations]] = [
+            *(functools.partial(Buffers, packet_codec(spelling)) for spelling in args.codecs),
+            ShardedBuffers,
+        ]
+        if name != "fp32":
+            makers += [functools.partial(RoundedBuffers, packet_codec(spelling)) for spelling in ("int8", name)]
+        for make in makers:
+            report(measure(make, x, name, args.threads, args.repeats))
         if name == "fp32" and args.device == "cpu" and not args.no_peers:
             report(measure_peers(x, args.threads, args.repeats))
     save(args.json, "kernels", rows)
