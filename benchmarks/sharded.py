@@ -16,6 +16,9 @@ fsdp2-two-level         gradients in int8-hadamard inside a node and int4-hadama
 fsdp2-packets           the same, with the weights' packets kept from the forward pass for the backward pass
 fsdp2-differences       gradients as with fsdp2-two-level, weights as 4-bit differences
 fsdp2-int4-loco         as fsdp2-int4, with the error feedback of LoCo, whose residual is kept in 8 bits
+ragged                  ``sr.ragged.fully_shard`` of every block and of the whole, without codecs
+ragged-int4             gradients in int4-hadamard, weights in int8
+ragged-two-level        gradients and weights as with fsdp2-two-level
 sdp4bit                 ``sr.optim.SDP4Bit``: two-level gradients, 4-bit differences of weights
 sdp4bit-exact           without compression; and with one part of it alone:
 sdp4bit-weights         4-bit weights, not differences
@@ -23,7 +26,7 @@ sdp4bit-differences     4-bit differences of weights
 sdp4bit-gradients       two-level gradients
 sdp4bit-plain-gradients the same without the Hadamard transform
 
-``-keep`` at the end of an fsdp2 method keeps the gathered weights from the forward pass for the backward pass
+``-keep`` at the end of an fsdp2 or ragged method keeps the gathered weights from the forward pass for the backward pass
 (``reshard_after_forward=False``).
 
 compute    is the forward and backward pass of the same model on each rank alone, without any wrapper, and AdamW on as
@@ -86,6 +89,15 @@ class FSDP2:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """What ``sr.ragged.fully_shard`` is told."""
+
+    gradients: Gradients = None
+    weights: str | None = None
+    feedback: str | None = None
+
+
+@dataclass(frozen=True)
 class SDP4Bit:
     """What ``sr.optim.SDP4Bit`` is told."""
 
@@ -104,6 +116,11 @@ FSDP2S = {
     "fsdp2-differences": FSDP2(("int8-hadamard", "int4-hadamard"), WEIGHTS, differences=True),
     "fsdp2-int4-loco": FSDP2("int4-hadamard", "int8", "int8"),
 }
+RAGGEDS = {
+    "ragged": Ragged(),
+    "ragged-int4": Ragged("int4-hadamard", "int8"),
+    "ragged-two-level": Ragged(("int8-hadamard", "int4-hadamard"), "int8"),
+}
 SDP4BITS = {
     "sdp4bit": SDP4Bit(WEIGHTS, True, TWO_LEVEL),
     "sdp4bit-exact": SDP4Bit(),
@@ -112,10 +129,11 @@ SDP4BITS = {
     "sdp4bit-gradients": SDP4Bit(gradients=TWO_LEVEL),
     "sdp4bit-plain-gradients": SDP4Bit(gradients=("int8:group=128", "int4:group=128")),
 }
-METHODS = ("ddp", "ddp-int4", "zero", *FSDP2S, *(f"{method}{KEEP}" for method in FSDP2S), *SDP4BITS)
+SHARDED = (*FSDP2S, *RAGGEDS)
+METHODS = ("ddp", "ddp-int4", "zero", *SHARDED, *(f"{method}{KEEP}" for method in SHARDED), *SDP4BITS)
 DEFAULT_METHODS = (
     "ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets",
-    "fsdp2-differences", "sdp4bit-exact", "sdp4bit",
+    "fsdp2-differences", "ragged", "ragged-int4", "ragged-two-level", "sdp4bit-exact", "sdp4bit",
 )  # fmt: skip
 
 
@@ -150,7 +168,7 @@ class Alone:
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Within it the parameters of ``model`` are whole, as its all-gathers deliver them; all ranks call it."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = [module for module in model.modules() if isinstance(module, (FSDPModule, sr.ragged.RaggedModule))]
     for module in modules:
         module.unshard()
     try:
@@ -166,6 +184,21 @@ def shard(model: GPT, reshard_after_forward: bool) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
+
+
+def shard_ragged(model: GPT, told: Ragged, node_size: int | None, reshard_after_forward: bool) -> None:
+    """The units of :func:`shard`."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options: dict[str, Any] = dict(
+        mesh=mesh,
+        gradients=told.gradients,
+        weights=told.weights,
+        feedback=told.feedback,
+        node_size=node_size if isinstance(told.gradients, tuple) else None,
+    )
+    for block in model.blocks:
+        sr.ragged.fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    sr.ragged.fully_shard(model, **options)
 
 
 def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
@@ -196,6 +229,10 @@ def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
             **options,
         )
         return Trained(model, sdp4bit, compute, settle=sdp4bit.synchronize)
+    if method.removesuffix(KEEP) in RAGGEDS:
+        shard_ragged(model, RAGGEDS[method.removesuffix(KEEP)], args.node_size, not method.endswith(KEEP))
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        return Trained(model, optimizer, compute, whole=functools.partial(unsharded, model))
     fsdp2 = FSDP2S[method.removesuffix(KEEP)]
     shard(model, reshard_after_forward=not method.endswith(KEEP))
     if fsdp2.compresses:

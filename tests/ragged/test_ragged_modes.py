@@ -1,0 +1,399 @@
+"""The ways in which FSDP2 can be used: a ragged model does there what a stock one does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import smallreduce as sr
+from fsdp.training import Given, Model, loss_of, sharded
+from ragged.sharding import full, full_gradients, full_parameters, ragged
+from ragged.test_ragged_exact import SGD, same, train
+from ranks import outcomes, run
+
+
+def _replicas(rank: int, world: int, policy: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    stock, ours = sharded(policy=policy, mesh=mesh), ragged(policy=policy, mesh=mesh, granularity="rows")
+    models: list[Any] = [ours, stock]
+    optimizers = [torch.optim.SGD(model.parameters(), **SGD) for model in models]
+    for step in range(10):
+        for model in models:
+            model.set_requires_all_reduce(False)
+            loss_of(model, rank, 100 + step).backward()
+            model.set_requires_all_reduce(True)
+            loss_of(model, rank, 200 + step).backward()
+        assert same(full_gradients(ours), full_gradients(stock)), step
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        found = [train(m, o, rank, step, step % 2 == 1) for m, o in zip(models, optimizers, strict=True)]
+        assert same(*found), step
+        assert same(full_parameters(ours), full_parameters(stock)), step
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16-reduce"])
+def test_replicas(policy: str) -> None:
+    run(_replicas, 4, policy, timeout=120, keep=False)  # DTensor remembers groups that are gone
+
+
+def _meta(rank: int, world: int) -> None:
+    expected = ragged(granularity="rows")
+    values = full_parameters(expected)
+    with torch.device("meta"):
+        model = Model()
+    for block in model.blocks:
+        sr.ragged.fully_shard(block, granularity="rows")
+    sr.ragged.fully_shard(model, granularity="rows")
+    before = list(model.parameters())
+    assert all(parameter.is_meta for parameter in before)
+    with pytest.raises(RuntimeError, match=r"meta device: call module.to_empty"):
+        loss_of(model, rank, 0)
+    model.to_empty(device="cpu")
+    # An optimizer made before has the parameters still.
+    assert all(new is old for new, old in zip(model.parameters(), before, strict=True))
+    for name, parameter in model.named_parameters():
+        mine = sr.ragged.RaggedTensor.distribute(values[name], parameter.placement, parameter.group)
+        with torch.no_grad():
+            parameter.copy_(mine)
+    losses = [loss_of(each, rank, 0) for each in (model, expected)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert same(full_gradients(model), full_gradients(expected))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_meta_device(world: int) -> None:
+    run(_meta, world)
+
+
+def _norm(rank: int, world: int) -> None:
+    model = ragged(granularity="rows")
+    loss_of(model, rank, 0).backward()
+    gradients = [g for g in full_gradients(model).values() if g is not None]
+    exact = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    numel = sum(g.numel() for g in gradients)
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    # A sum of n squares in whatever order, each and the root rounded: (n + 3) u at most, half of it in the root.
+    assert abs(float(total) - exact) <= (numel + 3) * 2.0**-24 * exact
+    everyones = [torch.empty_like(total) for _ in range(world)]
+    dist.all_gather(everyones, total)
+    assert all(torch.equal(total, other) for other in everyones)
+    factor = torch.clamp(0.05 / (total + 1e-6), max=1.0)
+    assert factor < 1
+    clipped = [g for g in full_gradients(model).values() if g is not None]
+    assert all(torch.equal(c, g * factor) for c, g in zip(clipped, gradients, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_clipping(world: int) -> None:
+    run(_norm, world)
+
+
+class _Tower(nn.Module):
+    """One branch is computed only sometimes, and another has its activations computed again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.seldom = nn.Linear(8, 8)
+        self.again = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.last = nn.Linear(8, 8)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor, seldom: bool) -> torch.Tensor:
+        x = self.first(x)
+        if seldom:
+            x = x + self.seldom(x)
+        x = x + checkpoint(self.again, x, use_reentrant=self.reentrant)
+        return self.last(torch.tanh(x)) + self.last(x)  # twice
+
+
+def _branches(rank: int, world: int, reentrant: bool) -> None:
+    models = []
+    for shard, options in ((sr.ragged.fully_shard, {"granularity": "rows"}), (fully_shard, {})):
+        torch.manual_seed(1)
+        model: Any = _Tower(reentrant)
+        for child in (model.first, model.seldom, model.again, model.last):
+            shard(child, **options)
+        models.append(shard(model, **options))
+    ours, stock = models
+    optimizers = [torch.optim.SGD(model.parameters(), **SGD) for model in models]
+    for step in range(8):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            # Two forward passes before two backward passes, the second time the other way round.
+            losses = [model(x * scale, step % 3 == 0).square().mean() for scale in (1.0, 0.5)]
+            sum(losses[:: 1 if step % 2 else -1]).backward()
+            if step == 4:
+                with torch.no_grad():
+                    model(x, True)
+        assert same(full_gradients(ours), full_gradients(stock)), step
+        assert (ours.seldom.weight.grad is None) == (step % 3 != 0)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert same(full_parameters(ours), full_parameters(stock)), step
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_branches_and_passes_in_any_order(world: int, reentrant: bool) -> None:
+    run(_branches, world, reentrant)
+
+
+def _unused(rank: int, world: int) -> None:
+    model = sr.ragged.fully_shard(Given([(5, 3), (4,), (7, 2)]), granularity="rows")
+    # Only rank 0 uses the second.
+    given = [torch.ones(5, 3), torch.ones(4) if rank == 0 else None, torch.ones(7, 2)]
+    model.set_reduce_scatter_unused_params(True)
+    model(given).backward()
+    found = list(full_gradients(model).values())
+    assert torch.equal(found[0], torch.ones(5, 3))  # type: ignore[arg-type]
+    assert torch.equal(found[1], torch.full((4,), 1 / world))  # type: ignore[arg-type]
+    model.zero_grad()
+    model.set_reduce_scatter_unused_params(False)
+    model([torch.ones(5, 3), None, None]).backward()
+    assert [p.grad is not None for p in model.parameters()] == [True, False, False]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_unused_parameters(world: int) -> None:
+    run(_unused, world)
+
+
+def _adopts(rank: int, world: int, change: str) -> None:
+    model, other = (ragged(seed, granularity="rows") for seed in (0, 1))
+    loss_of(model, rank, 0).backward()
+    if change in ("assign", "copy"):
+        model.load_state_dict(other.state_dict(), assign=change == "assign")
+    else:
+        model.double()
+        other.double()
+    model.zero_grad()
+    # Made after, since assign=True puts other parameters in the places of those that an optimizer has.
+    optimizers = [torch.optim.SGD(each.parameters(), **SGD) for each in (model, other)]
+    if change == "double":
+        torch.manual_seed(0)
+        other.load_state_dict(model.state_dict())
+    for step in range(3):
+        found = [train(m, o, rank, step, False) for m, o in zip((model, other), optimizers, strict=True)]
+        assert same(*found)
+        assert same(full_parameters(model), full_parameters(other))
+    dtype = torch.float64 if change == "double" else torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("change", ["assign", "copy", "double"])
+def test_parameters_that_were_replaced(change: str) -> None:
+    run(_adopts, 2, change)
+
+
+def _evaluates(rank: int, world: int) -> None:
+    model = ragged(granularity="rows")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss_of(model, rank, 0).backward()
+    with torch.no_grad():
+        before = loss_of(model, rank, 0)
+        optimizer.step()
+        after = loss_of(model, rank, 0)
+        # The root is freed too, where no backward pass would.
+        assert all(isinstance(parameter, sr.ragged.RaggedTensor) for parameter in model.parameters())
+    assert not torch.equal(before, after)
+    handle = model.unshard(async_op=True)
+    handle.wait()
+    assert type(model.embed.weight) is nn.Parameter
+    assert isinstance(model.blocks[0].norm.weight, sr.ragged.RaggedTensor)
+    whole = model.embed.weight.detach().clone()
+    assert all(isinstance(value, sr.ragged.RaggedTensor) for value in model.state_dict().values())
+    assert isinstance(model.embed.weight, sr.ragged.RaggedTensor)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(full(model.embed.weight), whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_and_unsharding(world: int) -> None:
+    run(_evaluates, world)
+
+
+class _Fails(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("as it shall")
+
+
+def _recovers(rank: int, world: int) -> None:
+    model = ragged(granularity="rows")
+    expected = loss_of(model, rank, 0)
+    expected.backward()
+    model.zero_grad()
+    norm, model.norm = model.norm, _Fails()
+    with pytest.raises(ArithmeticError):
+        loss_of(model, rank, 0)
+    model.norm = norm
+    model.reset_iter_state()
+    loss = loss_of(model, rank, 0)
+    assert torch.equal(loss, expected)
+    loss.backward()
+
+
+def test_a_pass_that_failed() -> None:
+    run(_recovers, 2)
+
+
+def _ahead(rank: int, world: int) -> list[str]:
+    """What happens in a step after the first, in order: ``gather`` when a unit's begins, ``use`` when it computes."""
+    events: list[str] = []
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    names = {}
+    for number, layer in enumerate(model):
+        sr.ragged.fully_shard(layer)
+        names[id(layer)] = str(number)
+    sr.ragged.fully_shard(model)
+    loss = model(torch.randn(2, 4)).sum()
+    loss.backward()
+    from smallreduce.ragged import _bucket, _unit
+
+    unshard, wait = _bucket.Bucket.unshard, _bucket.Bucket.wait
+    owners = {id(b): names[id(layer)] for layer in model for b in _unit.unit_of(layer).buckets}  # type: ignore[union-attr]
+
+    def record_unshard(bucket: Any, *args: Any) -> None:
+        if bucket._gathering is None and not bucket.is_unsharded:
+            events.append(f"gather {owners[id(bucket)]}")
+        unshard(bucket, *args)
+
+    def record_wait(bucket: Any) -> None:
+        if bucket._gathering is not None:
+            events.append(f"use {owners[id(bucket)]}")
+        wait(bucket)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_bucket.Bucket, "unshard", record_unshard)
+        patch.setattr(_bucket.Bucket, "wait", record_wait)
+        model(torch.randn(2, 4)).sum().backward()
+    return events
+
+
+def test_the_next_is_gathered_ahead() -> None:
+    forward = ["gather 0", "use 0", "gather 1", "use 1", "gather 2", "use 2"]
+    backward = ["gather 2", "use 2", "gather 1", "use 1", "gather 0", "use 0"]
+    assert run(_ahead, 2)[0] == forward + backward
+
+
+def _refuses(rank: int, world: int, what: str) -> None:
+    model = nn.Linear(8, 8)
+    bad: dict[str, dict[str, Any]] = {
+        "granularity": {"granularity": "columns"},
+        "rows": {"granularity": 0},
+        "codec": {"gradients": "topk:0.1"},
+        "feedback": {"gradients": None, "feedback": "full"},
+        "reshard": {"reshard_after_forward": 2},
+        "differ": {},
+    }
+    options = bad[what] if rank == 1 else {}
+    if what == "differ":
+        options = {"seed": rank}
+    sr.ragged.fully_shard(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("granularity", "a number of rows"),
+        ("rows", "a number of rows"),
+        ("codec", "biased"),
+        ("feedback", "needs a codec"),
+        ("reshard", "True, False or None"),
+        ("differ", "do not agree"),
+    ],
+)
+def test_bad_input_on_one_rank_is_an_error_on_all(what: str, message: str) -> None:
+    for outcome in outcomes(_refuses, 2, what):
+        assert outcome.error is not None
+        assert message in str(outcome.error)
+
+
+def _cannot(rank: int, world: int) -> None:
+    shard = sr.ragged.fully_shard
+    with pytest.raises(ValueError, match="is a scalar"):
+        module = nn.Module()
+        module.scale = nn.Parameter(torch.tensor(1.0))
+        shard(module)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.ones(3, 2).t())
+        shard(module)
+    with pytest.raises(ValueError, match="is never called"):
+        shard(nn.ModuleList([nn.Linear(2, 2)]))
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        shard([nn.Linear(2, 2)])  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="needs a mesh of two dimensions"):
+        shard(nn.Linear(2, 2), replicate_gradients="int8")
+    linear = shard(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="fully sharded already"):
+        shard(linear)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        __import__("copy").deepcopy(linear)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    shard(tied[0])
+    with pytest.raises(ValueError, match="is also a parameter of a module"):
+        shard(tied)
+    with pytest.raises(ValueError, match="granularity must be"):
+        shard(nn.Linear(2, 2), granularity=lambda name, parameter: "all")
+    with pytest.raises(TypeError, match="mp_policy must be"):
+        shard(nn.Linear(2, 2), mp_policy=torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_sharded() -> None:
+    run(_cannot, 2)
+
+
+def _casts(rank: int, world: int) -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float64)
+    model = sr.ragged.fully_shard(nn.Linear(4, 4), mp_policy=policy)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, module.weight.dtype)))
+    out = model(torch.randn(2, 4))
+    assert out.dtype == torch.float64
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    out.sum().backward()
+    assert model.weight.grad.dtype == model.weight.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_mixed_precision_casts() -> None:
+    run(_casts, 2)
+
+
+def _dtypes(rank: int, world: int) -> None:
+    """Parameters of several dtypes, and some that are ignored or frozen."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.a = nn.Parameter(torch.randn(5, 3))
+    module.b = nn.Parameter(torch.randn(4).double())
+    module.codes = nn.Parameter(torch.arange(7), requires_grad=False)
+    module.left = nn.Parameter(torch.randn(3))
+    values = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module.forward = lambda: (module.a.sum() + module.b.sum() + module.left.sum(), module.codes.sum())
+    sr.ragged.fully_shard(module, ignored_params={module.left})
+    assert type(module.left) is nn.Parameter
+    total, codes = module()
+    assert int(codes) == 21
+    total.backward()
+    assert torch.equal(full(module.a.grad), torch.ones(5, 3))
+    assert torch.equal(full(module.b.grad), torch.ones(4).double())
+    assert all(torch.equal(full(p), values[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_dtypes(world: int) -> None:
+    run(_dtypes, world)
