@@ -10,8 +10,8 @@ padding    elements of all buckets beyond the parameters, in per cent of the par
            no layout can be (``plan_checks.lower_bound``)
 bucket     the longest median time to plan one bucket
 model      the sum of the median times of its different buckets
-reported   the padding of veScale-FSDP's planner (arXiv:2602.22437) by readers' notes on it; on how many ranks they do
-           not say
+reported   the padding of veScale-FSDP's planner (arXiv:2602.22437) by readers' notes on it; on how many ranks, and with
+           which tensors in blocks, they do not say
 
 Every plan is checked against the definition. Then the planner is compared with brute force: on small cases, of which it
 tries every order, and on larger ones, which it searches.
