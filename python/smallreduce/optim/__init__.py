@@ -4,6 +4,8 @@ from smallreduce.optim._cser import CSER
 from smallreduce.optim._cser_stats import CSERStats
 from smallreduce.optim._dgc import DGC
 from smallreduce.optim._dgc_warmup import dgc_geometric_warmup, dgc_warmup
+from smallreduce.optim._muon import Muon
+from smallreduce.optim._muon_stats import MuonStats
 from smallreduce.optim._sdp4bit import SDP4Bit
 from smallreduce.optim._sdp4bit_stats import SDP4BitMemory, SDP4BitStats
 
@@ -11,6 +13,8 @@ __all__ = [
     "CSER",
     "CSERStats",
     "DGC",
+    "Muon",
+    "MuonStats",
     "SDP4Bit",
     "SDP4BitMemory",
     "SDP4BitStats",

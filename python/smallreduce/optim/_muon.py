@@ -1,0 +1,276 @@
+"""``smallreduce.optim.Muon``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from smallreduce.codecs import as_int
+from smallreduce.collectives import Count, channel_of
+from smallreduce.optim._muon_agreement import check_agreement
+from smallreduce.optim._muon_exchange import orthogonalize_sharded
+from smallreduce.optim._muon_matrix import ADJUSTMENTS, Matrix
+from smallreduce.optim._muon_owners import Owners, choose_owners
+from smallreduce.optim._muon_stats import MuonStats
+from smallreduce.ragged import RaggedTensor
+
+__all__ = ["Muon"]
+
+_MIB = 1 << 20
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_MOST_STEPS = 99
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz iterations: ``torch.optim.Muon``, for sharded matrices too.
+
+        smallreduce.ragged.fully_shard(model, granularity="rows")
+        hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+        optimizer = smallreduce.optim.Muon(hidden, lr=0.02)
+        others = torch.optim.AdamW(...)  # vectors, embeddings, the output layer
+
+    Arguments, defaults, mathematics and state are those of ``torch.optim.Muon``, whose state dicts it loads, and the
+    other way round; for plain tensors it is nothing else.
+
+    Newton-Schulz needs a matrix whole. Of a :class:`smallreduce.ragged.RaggedTensor` each rank computes the momentum of
+    what it holds; then each matrix is brought to one rank, its owner, orthogonalised there, and brought back: no
+    rank computes another's. Owners are chosen anew from what has gradients, all of them at once and without a word, so
+    that all ranks have about as much to do; a matrix that is whole on one rank (``granularity="matrix"``) stays there.
+    What travels is bf16, in which Newton-Schulz computes anyway: the update of fp32 and fp64 parameters has the bits
+    that ``torch.optim.Muon`` gives the unsharded ones, wherever they were cut. (Of parameters in 16 bits, torch's
+    addition on CPU has other bits in and outside of its vector loops; sharded ones are rounded once, as inside.)
+
+    Every rank calls :meth:`step`, and has gradients for the same parameters. On CPU that is compared at every step;
+    elsewhere, where to read the answer would be to wait for the device, at the first.
+
+    Args:
+        params: Parameters or groups of them, all of two dimensions; plain tensors, RaggedTensors or both.
+        lr: Learning rate; a number or a tensor of one element.
+        weight_decay: Decoupled: the parameters shrink by ``lr * weight_decay``.
+        momentum: From 0 to 1: the buffer moves by ``1 - momentum`` of the way to the gradient.
+        nesterov: Orthogonalise what is ``momentum`` of the way from the gradient to the buffer; else the buffer.
+        ns_coefficients: a, b, c of the Newton-Schulz polynomial.
+        eps: The least Frobenius norm to divide an update by.
+        ns_steps: Newton-Schulz iterations, below 100.
+        adjust_lr_fn: What the learning rate is multiplied by for a matrix of m rows and n columns: with ``"original"``,
+            or None, ``max(1, m/n)**0.5``; with ``"match_rms_adamw"`` ``0.2 * max(m, n)**0.5``, with which
+            learning rate and weight decay may be those of AdamW.
+        batch_cap_mb: MiB of matrices, in bf16, that a rank owns in one batch, unless a single one is larger. Three
+            batches are on their way at a time: one comes, one is being computed, and one goes back.
+
+    Raises:
+        TypeError, ValueError: Impossible values, or parameters that are not matrices of floating-point numbers.
+
+    Source: Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024,
+    kellerjordan.github.io/posts/muon; ``"match_rms_adamw"``: Liu et al., *Muon is Scalable for LLM Training*,
+    arXiv:2502.16982, section 2.2; owners of ragged shards: *veScale-FSDP*, arXiv:2602.22437, algorithm 2. Where
+    ``torch.optim.Muon`` of torch 2.13 divides in place, and so changes the momentum of bf16 parameters without
+    ``nesterov``, this one does not.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        batch_cap_mb: float = 25.0,
+    ) -> None:
+        _check_number("batch_cap_mb", batch_cap_mb)
+        if batch_cap_mb == 0:
+            raise ValueError("batch_cap_mb must be above 0, got 0")
+        self._batch_cap_nbytes = int(batch_cap_mb * _MIB)
+        self._count = Count()
+        self._stats = MuonStats()
+        defaults = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
+            eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own has nothing but what is in a state dict.
+        of_any: dict[str, Any] = super().__getstate__()
+        return {**of_any, "_batch_cap_nbytes": self._batch_cap_nbytes, "_count": Count(), "_stats": MuonStats()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of torch's optimizers; on all ranks alike.
+
+        Raises:
+            TypeError, ValueError: As the class.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_options(self.param_groups[-1])
+            for label, parameter, group in self._places():
+                if group is self.param_groups[-1]:
+                    _check_parameter(label, parameter)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes a step; where parameters are sharded, a collective.
+
+        Args:
+            closure: Computes the loss anew, backward pass included, and returns it.
+
+        Raises:
+            RuntimeError: The ranks have gradients for different parameters, or different options. Nothing has changed
+                then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sent_before = self._count.bytes_sent
+        places = list(self._places())
+        by_process_group = _by_process_group(places)
+        for process_group, sharded in by_process_group.items():
+            self._check_agreement(process_group, sharded)
+        matrices = {id(place.parameter): self._matrix(place) for place in places if place.parameter.grad is not None}
+        chosen = []
+        for process_group, sharded in by_process_group.items():
+            of_group = [matrices[id(place.parameter)] for place in sharded if id(place.parameter) in matrices]
+            if of_group:
+                chosen.append(self._owners(of_group))
+                orthogonalize_sharded(of_group, chosen[-1], process_group, self._count)
+        for matrix in matrices.values():
+            if not isinstance(matrix.parameter, RaggedTensor):
+                matrix.apply(matrix.orthogonalize(matrix.advance()))
+        self._stats = MuonStats(
+            steps=self._stats.steps + 1,
+            matrices=len(matrices),
+            moved_matrices=sum(sum(owners.moves) for owners in chosen),
+            batches=sum(owners.moving_batches for owners in chosen),
+            collectives=self._count.collectives,
+            bytes_sent=self._count.bytes_sent,
+            step_bytes_sent=self._count.bytes_sent - sent_before,
+            imbalance=max((owners.imbalance for owners in chosen), default=1.0),
+        )
+        return loss
+
+    def _places(self) -> Iterator[_Place]:
+        number = 0
+        for group in self.param_groups:
+            for at, parameter in enumerate(group["params"]):
+                name = group["param_names"][at] if "param_names" in group else f"parameter {number}"
+                yield _Place(name, parameter, group)
+                number += 1
+
+    def _check_agreement(self, process_group: dist.ProcessGroup, sharded: Sequence[_Place]) -> None:
+        device = sharded[0].parameter.device
+        if process_group.size() == 1 or (self._stats.steps > 0 and device.type != "cpu"):
+            return
+        options = [
+            f"group {number}: {', '.join(f'{name}={group[name]}' for name in self.defaults)}"
+            for number, group in enumerate(self.param_groups)
+        ]
+        check_agreement(channel_of(process_group, device), options + [str(place) for place in sharded], self._count)
+
+    def _matrix(self, place: _Place) -> Matrix:
+        parameter, gradient = place.parameter, place.parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+        return Matrix(parameter, gradient, state["momentum_buffer"], place.group)
+
+    def _owners(self, matrices: Sequence[Matrix]) -> Owners:
+        shapes = tuple((matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices)
+        placements = tuple(
+            matrix.parameter.placement for matrix in matrices if isinstance(matrix.parameter, RaggedTensor)
+        )
+        return choose_owners(shapes, placements, self._batch_cap_nbytes)
+
+    def stats(self) -> MuonStats:
+        """What was sent so far by this rank, and how the last step was shared out."""
+        return self._stats
+
+
+class _Place(NamedTuple):
+    """A parameter, and the group that it is in."""
+
+    label: str
+    parameter: Tensor
+    group: dict[str, Any]
+
+    def __str__(self) -> str:
+        parameter = self.parameter
+        sharding = f", {parameter.placement}" if isinstance(parameter, RaggedTensor) else ""
+        has = "no gradient" if parameter.grad is None else "a gradient"
+        return f"{self.label}: {has}, shape {tuple(parameter.shape)}{sharding}"
+
+
+def _by_process_group(places: Sequence[_Place]) -> dict[dist.ProcessGroup, list[_Place]]:
+    """Those that are sharded."""
+    found: dict[dist.ProcessGroup, list[_Place]] = {}
+    for place in places:
+        if isinstance(place.parameter, RaggedTensor):
+            found.setdefault(place.parameter.group, []).append(place)
+    return found
+
+
+def _check_parameter(label: str, parameter: Tensor) -> None:
+    if parameter.dim() != 2:
+        raise ValueError(
+            f"Muon takes matrices, parameters of two dimensions, but {label} has shape {tuple(parameter.shape)}: give "
+            "vectors, embeddings and the like to a second optimizer, such as torch.optim.AdamW"
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(f"Muon takes parameters of floating-point numbers, but {label} is of {parameter.dtype}")
+
+
+def _check_number(name: str, value: object, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (0 <= value <= most and math.isfinite(value)):
+        raise ValueError(
+            f"{name} must be finite and at least 0{f', at most {most:g}' if most < math.inf else ''}, got {value}"
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Of a parameter group."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
+    _check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
+    _check_number("momentum", options["momentum"], 1)
+    _check_number("weight_decay", options["weight_decay"])
+    _check_number("eps", options["eps"])
+    if not isinstance(options["nesterov"], bool):
+        raise TypeError(f"nesterov must be a bool, got {type(options['nesterov']).__name__}")
+    coefficients = options["ns_coefficients"]
+    if not isinstance(coefficients, (tuple, list)) or not all(isinstance(one, (int, float)) for one in coefficients):
+        raise TypeError(f"ns_coefficients must be three numbers, got {coefficients!r}")
+    if len(coefficients) != 3:
+        raise ValueError(f"ns_coefficients must be three numbers, got {len(coefficients)}")
+    if not 0 <= as_int(options["ns_steps"], "ns_steps") <= _MOST_STEPS:
+        raise ValueError(f"ns_steps must be from 0 to {_MOST_STEPS}, got {options['ns_steps']}")
+    if options["adjust_lr_fn"] not in (None, *ADJUSTMENTS):
+        raise ValueError(
+            f"adjust_lr_fn must be {', '.join(map(repr, ADJUSTMENTS))} or None, got {options['adjust_lr_fn']!r}"
+        )
