@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, repeat, zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd.graph import increment_version
 
-from smallreduce.ragged import _reduce
+from smallreduce.ragged import _global_reduce
 from smallreduce.ragged._sharding import Sharding
 
 if TYPE_CHECKING:
@@ -104,11 +106,21 @@ def _mismatch(func: Any, one: Sharding, other: Sharding) -> Exception:
     return ValueError(f"{func} takes RaggedTensors of one process group")
 
 
-def _plain(func: Any, given: Tensor) -> Exception:
-    return TypeError(
-        f"{func} takes RaggedTensors beside numbers and tensors without dimensions, got a plain tensor of shape "
-        f"{tuple(given.shape)} too: shard it with RaggedTensor.distribute(), or use the full_tensor() of the other"
-    )
+def _unwritable(func: Any) -> Exception:
+    return TypeError(f"{func} of a RaggedTensor writes to a RaggedTensor, not to a plain tensor: use its full_tensor()")
+
+
+def _operand(func: Any, given: Any, sharding: Sharding, promotes: bool) -> Any:
+    """What is beside RaggedTensors of ``sharding``; ``promotes``: it may decide on the dtype of the result."""
+    if not isinstance(given, Tensor):
+        return given
+    if given.dim() > 0:
+        raise TypeError(
+            f"{func} takes RaggedTensors beside numbers and tensors without dimensions, got a plain tensor of shape "
+            f"{tuple(given.shape)} too: shard it with RaggedTensor.distribute(), or use the full_tensor() of the other"
+        )
+    # Beside a tensor without dimensions, whose part has one, it takes part in type promotion as its equal.
+    return given.view(1) if promotes and not sharding.shape else given
 
 
 class _Elementwise:
@@ -116,41 +128,30 @@ class _Elementwise:
 
     def __init__(self, func: OpOverload) -> None:
         self._written = _written(func)
+        self._promotes = not self._written and func.overloadpacket not in _ELEMENTWISE
 
     def __call__(self, kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-        sharding: Sharding | None = None
-        for given in (*args, *kwargs.values()):
-            if isinstance(given, kind):
-                if sharding is None:
-                    sharding = given._sharding
-                elif given._sharding is not sharding and given._sharding != sharding:
-                    raise _mismatch(func, sharding, given._sharding)
-        assert sharding is not None
+        shardings = [given._sharding for given in (*args, *kwargs.values()) if isinstance(given, kind)]
+        sharding = shardings[0]
+        for other in shardings:
+            if other is not sharding and other != sharding:
+                raise _mismatch(func, sharding, other)
+        written = [args[place] if place < len(args) else kwargs[name] for place, name in self._written]
+        for given in written:
+            if not isinstance(given, kind):
+                raise _unwritable(func)
         out = func(
             *[self._local(kind, func, given, sharding) for given in args],
             **{name: self._local(kind, func, given, sharding) for name, given in kwargs.items()},
         )
-        if self._written:
-            written = [args[place] if place < len(args) else kwargs[name] for place, name in self._written]
+        if written:
             return written[0] if len(written) == 1 else tuple(written)
         if isinstance(out, Tensor):
             return kind._wrap(out, sharding)
         return tuple(kind._wrap(each, sharding) for each in out)
 
     def _local(self, kind: Kind, func: Any, given: Any, sharding: Sharding) -> Any:
-        if not isinstance(given, Tensor):
-            return given
-        if isinstance(given, kind):
-            return given._local
-        return _operand(func, given, sharding)
-
-
-def _operand(func: Any, given: Tensor, sharding: Sharding) -> Tensor:
-    """A plain tensor beside RaggedTensors of ``sharding``."""
-    if given.dim() > 0:
-        raise _plain(func, given)
-    # Beside a tensor without dimensions, whose part has one, it takes part in type promotion as its equal.
-    return given if sharding.shape else given.view(1)
+        return given._local if isinstance(given, kind) else _operand(func, given, sharding, self._promotes)
 
 
 class _Lists:
@@ -160,40 +161,44 @@ class _Lists:
     """
 
     def __init__(self, func: OpOverload) -> None:
-        self._writes = bool(_written(func))
+        self._written = [place for place, _ in _written(func)]
 
     def __call__(self, kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-        shardings: dict[int, Sharding] = {}
-        plain: list[tuple[list[Any], int]] = []
-        local_args = [self._local(kind, func, given, shardings, plain) for given in args]
-        local_kwargs = {name: self._local(kind, func, given, shardings, plain) for name, given in kwargs.items()}
-        for tensors, place in plain:
-            if place in shardings:
-                if self._writes and tensors is local_args[0]:
-                    raise TypeError(f"{func} cannot write the result of RaggedTensors to a plain tensor")
-                tensors[place] = _operand(func, tensors[place], shardings[place])
-        out = func(*local_args, **local_kwargs)
-        if out is None:
-            return None
-        return [kind._wrap(each, shardings[place]) if place in shardings else each for place, each in enumerate(out)]
+        shardings: list[Sharding | None] = []
+        for given in args:
+            if isinstance(given, kind):
+                raise TypeError(f"{func} takes RaggedTensors in its lists only")
+            if isinstance(given, (list, tuple)):
+                own = [each._sharding if isinstance(each, kind) else None for each in given]
+                if own != shardings and any(own):
+                    shardings = _merged(func, shardings, own)
+        if self._written and any(own and not isinstance(each, kind) for each, own in zip_longest(args[0], shardings)):
+            raise _unwritable(func)
+        out = func(*[self._local(kind, func, given, shardings) for given in args], **kwargs)
+        if not self._written:
+            return [kind._wrap(each, own) if own else each for each, own in zip_longest(out, shardings)]
+        # Of the tensors in a list autograd keeps no account before they come here.
+        changed = [each for place in self._written for each in args[place] if isinstance(each, kind)]
+        increment_version([each for each in changed if not each.is_inference()])
+        return None
 
-    def _local(
-        self, kind: Kind, func: Any, given: Any, shardings: dict[int, Sharding], plain: list[tuple[list[Any], int]]
-    ) -> Any:
-        if isinstance(given, kind):
-            raise TypeError(f"{func} takes RaggedTensors in its lists only")
+    def _local(self, kind: Kind, func: Any, given: Any, shardings: list[Sharding | None]) -> Any:
         if not isinstance(given, (list, tuple)):
             return given
-        tensors = list(given)
-        for place, each in enumerate(tensors):
-            if isinstance(each, kind):
-                sharding = shardings.setdefault(place, each._sharding)
-                if each._sharding is not sharding and each._sharding != sharding:
-                    raise _mismatch(func, sharding, each._sharding)
-                tensors[place] = each._local
-            elif isinstance(each, Tensor):
-                plain.append((tensors, place))
-        return tensors
+        of_each = chain(shardings, repeat(None))  # of lists that are shorter, or empty, torch is to say what they mean
+        return [
+            each._local if isinstance(each, kind) else _operand(func, each, own, not self._written) if own else each
+            for each, own in zip(given, of_each, strict=False)
+        ]
+
+
+def _merged(func: Any, one: list[Sharding | None], other: list[Sharding | None]) -> list[Sharding | None]:
+    merged = []
+    for first, second in zip_longest(one, other):
+        if first is not None and second is not None and first != second:
+            raise _mismatch(func, first, second)
+        merged.append(second if first is None else first)
+    return merged
 
 
 def _alias(kind: Kind, func: Any, tensor: RaggedTensor) -> RaggedTensor:
@@ -237,8 +242,8 @@ def _new_empty(kind: Kind, func: Any, tensor: RaggedTensor, size: Any, **kwargs:
 
 
 _SPECIAL: dict[Any, Rule] = {
-    aten._amp_foreach_non_finite_check_and_unscale_: _reduce.unscale_,
-    aten._foreach_norm: _reduce.norms,
+    aten._amp_foreach_non_finite_check_and_unscale_: _global_reduce.unscale_,
+    aten._foreach_norm: _global_reduce.norms,
     aten._unsafe_view: _view,
     aten.alias: _alias,
     aten.detach: _alias,
@@ -246,8 +251,8 @@ _SPECIAL: dict[Any, Rule] = {
     aten.expand: _view,
     aten.index_put_: _index_put_,
     aten.is_same_size: _is_same_size,
-    aten.linalg_vector_norm: _reduce.norm,
+    aten.linalg_vector_norm: _global_reduce.norm,
     aten.new_empty: _new_empty,
-    aten.sum: _reduce.total,
+    aten.sum: _global_reduce.total,
     aten.view: _view,
 }

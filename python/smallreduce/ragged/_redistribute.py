@@ -184,9 +184,10 @@ def redistribute_many(
 def _take(
     full: Tensor, shape: tuple[int, ...], target: RaggedShard | Replicate, group: dist.ProcessGroup
 ) -> Redistribution[Tensor]:
-    if not isinstance(full, Tensor) or tuple(full.shape) != shape:
-        given = tuple(full.shape) if isinstance(full, Tensor) else type(full).__name__
-        raise ValueError(f"under Replicate() local must be the whole tensor, of shape {shape}, got {given}")
+    if not isinstance(full, Tensor):
+        raise TypeError(f"local must be a tensor, got {type(full).__name__}")
+    if tuple(full.shape) != shape:
+        raise ValueError(f"under Replicate() local must be the whole tensor, of shape {shape}, got {tuple(full.shape)}")
     if isinstance(target, Replicate):
         return Redistribution((), lambda: full)
     begin, end = _ranges(target, shape, group)[group.rank()]

@@ -34,7 +34,7 @@ class RaggedTensor(Tensor):
       nothing, so that the optimizers of ``torch.optim`` that are elementwise work as they are. Other operands must be
       RaggedTensors of the same shape, placement and group, numbers, or tensors without dimensions.
     - Norms and sums are taken over all elements: a collective that all ranks call, which returns a plain tensor of the
-      same bits on all (:mod:`smallreduce.ragged._reduce`). So ``torch.nn.utils.clip_grad_norm_`` and
+      same bits on all (:mod:`smallreduce.ragged._global_reduce`). So ``torch.nn.utils.clip_grad_norm_`` and
       ``torch.amp.GradScaler`` work as they are.
     - ``torch.distributed.checkpoint`` saves and loads it as one tensor of its global shape, whatever held it when it
       was saved: other ranges, other ranks, a DTensor or one process.

@@ -106,30 +106,34 @@ def _check_whole(func: Any, tensor: RaggedTensor, dim: Any, keepdim: bool, out: 
         )
 
 
-def _norms(tensors: Sequence[RaggedTensor], order: Any, dtype: torch.dtype | None) -> list[Tensor]:
+def _norms(tensors: Sequence[RaggedTensor], order: float, dtype: torch.dtype | None) -> list[Tensor]:
     """Of tensors of one group."""
     order = float(order)
-    results = [torch.linalg.vector_norm(each._local.new_zeros(1), order, dtype=dtype).dtype for each in tensors]
-    parts = [_part(each, order, result) for each, result in zip(tensors, results, strict=True)]
-    device = parts[0].device
-    everyones = _everyones(torch.stack([part.to(device, torch.float64) for part in parts]), tensors[0].group)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(place)
+    parts: list[Tensor] = []
+    for given, places in by_dtype.items():
+        wide = torch.float32 if (dtype or given) in _HALF else dtype
+        parts += torch._foreach_norm([_values(tensors[place], order) for place in places], order, dtype=wide)
+    everyones = _everyones(torch.stack([part.to(torch.float64) for part in parts]), tensors[0].group)
     # The norm of order 0 counts: it adds up as it is.
     whole = everyones.sum(0) if order == 0 else torch.linalg.vector_norm(everyones, order, dim=0)
-    return [value.to(part.device, result) for value, part, result in zip(whole.unbind(), parts, results, strict=True)]
+    norms: dict[int, Tensor] = {}
+    begin = 0
+    for given, places in by_dtype.items():
+        of_dtype = whole[begin : begin + len(places)].to((dtype or given).to_real())
+        norms.update(zip(places, of_dtype.unbind(), strict=True))
+        begin += len(places)
+    return [norms[place] for place in range(len(tensors))]
 
 
-def _part(tensor: RaggedTensor, order: float, result: torch.dtype) -> Tensor:
+def _values(tensor: RaggedTensor, order: float) -> Tensor:
+    """This rank's elements; where it has none but others have, one that does not count."""
     local = tensor._local
-    if local.numel() == 0 and tensor._sharding.numel:
-        # It shall not count; of none at all torch gives the norm, or refuses to.
-        return torch.full((), math.inf if order < 0 else 0.0, device=local.device)
-    computed = torch.float32 if result in _HALF else result
-    part: Tensor = torch.linalg.vector_norm(local, order, dtype=_input_dtype(local.dtype, computed))
-    return part
-
-
-def _input_dtype(given: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    return computed.to_complex() if given.is_complex else computed
+    if local.numel() or not tensor._sharding.numel:
+        return local
+    return local.new_full((1,), math.inf if order < 0 else 0.0)
 
 
 def _everyones(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
