@@ -26,10 +26,12 @@ def parse_gradients(
     if isinstance(given, tuple):
         if len(given) != 2 or None in given:
             raise ValueError(f"gradients must be a codec or a pair of codecs, got {given}")
-        intra, inter = (parse_unbiased(one, "gradients") for one in given)
+        intra, inter = (_parse(one, "gradients") for one in given)
         assert intra is not None
         assert inter is not None
         grain_of((intra, inter))
+        for one in (intra, inter):
+            _check_unbiased(one, "gradients")
         if feedback is not None:
             raise ValueError(f"feedback={feedback!r} takes one codec for gradients: on two levels no rank knows what "
                              "was lost between the nodes; give one codec, or feedback=None")  # fmt: skip
@@ -63,9 +65,13 @@ def parse_unbiased(given: Spelling, name: str) -> PacketCodec | None:
         TypeError, ValueError: There is none such, or it is biased.
     """
     codec = _parse(given, name)
+    _check_unbiased(codec, name)
+    return codec
+
+
+def _check_unbiased(codec: PacketCodec | None, name: str) -> None:
     if isinstance(codec, (Sign, TopK)):
         raise ValueError(f"{name}: {codec} is biased, and needs error feedback to train with; there is none here")
-    return codec
 
 
 def _parse(given: object, name: str) -> PacketCodec | None:
