@@ -133,7 +133,7 @@ def _owed(made: tuple[Any, Any, Any]) -> Owed:
     """Of what each rank owes the mean over all, fp64, and the largest magnitude of any."""
     state = made[2]
     mine = {}
-    for memory in state._memories:
+    for _, memory in state._memories:
         stored = memory.stored()
         for slot in memory.slots:
             mine[slot.name] = memory.owed(slot.name, stored[slot.name], memory.world_size).double()

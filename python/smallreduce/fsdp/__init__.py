@@ -11,8 +11,9 @@ FSDP1 (``FullyShardedDataParallel``), gradients alone:
 See docs/fsdp.md.
 """
 
-from smallreduce.fsdp._compress import ResidualMemory, compress
+from smallreduce.fsdp._compress import compress
 from smallreduce.fsdp._hook import HookState, hook
+from smallreduce.fsdp._memory import ResidualMemory
 from smallreduce.fsdp._state import State
 from smallreduce.fsdp._stats import LegStats, Stats
 

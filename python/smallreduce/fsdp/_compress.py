@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -16,25 +15,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from smallreduce.codecs import Codec, IntQuant, PacketCodec, as_int
 from smallreduce.collectives import Channel, Count, channel_of
 from smallreduce.collectives._levels import Levels, node_size_of
+from smallreduce.collectives._pool import Pool
 from smallreduce.fsdp._codecs import Spelling, parse_gradients, parse_unbiased, parse_weights
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
 from smallreduce.fsdp._leg import Codecs, Leg, Progress
-from smallreduce.fsdp._memory import FullMemory, LoCoMemory, Memory, Scratch, residual_nbytes
+from smallreduce.fsdp._memory import Feedback, Memory, parse_feedback, warn_of_memory
 from smallreduce.fsdp._replicas import ReplicaReduce
 from smallreduce.fsdp._resharding import Place
 from smallreduce.fsdp._scatter import GradientScatter
 from smallreduce.fsdp._state import State
+from smallreduce.fsdp._state_parts import Part
 from smallreduce.fsdp._together import together
 from smallreduce.fsdp._torch_groups import Bucket, buckets_of
 
-__all__ = ["ResidualMemory", "compress"]
+__all__ = ["compress"]
 
 T = TypeVar("T")
-
-
-class ResidualMemory(UserWarning):
-    """What the residuals of error feedback take on every rank."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,10 @@ class _Config:
     gradients: Codecs | None
     weights: PacketCodec | None
     replicas: PacketCodec | None
-    feedback: str | None
+    feedback: Feedback | None
     node_size: int | None
     keep_packets: bool
     differences: bool
-    beta: float
-    reset_every: int
     seed: int
 
     def __str__(self) -> str:
@@ -57,7 +52,7 @@ class _Config:
         return (
             f"gradients {gradients}, weights {self.weights}, feedback {self.feedback}, replicas "
             f"{self.replicas}, node_size {self.node_size}, keep_packets {self.keep_packets}, differences "
-            f"{self.differences}, beta {self.beta}, reset_every {self.reset_every}, seed {self.seed}"
+            f"{self.differences}, seed {self.seed}"
         )
 
 
@@ -155,7 +150,10 @@ def compress(
         )  # fmt: skip
         if checked.feedback is not None and _place(buckets, replicas).row == 0:
             # Before anything is agreed on: filters may make an error of it, which is then one on all ranks.
-            _warn_of_memory(buckets, checked.feedback)
+            world_size = buckets[0].shard_group.size()
+            if world_size > 1:
+                slots = [slot for bucket in buckets for slot in bucket.slots if slot.trainable]
+                warn_of_memory(checked.feedback, slots, world_size, stacklevel=4)
         return checked
 
     lines = {**shards, **_channels(buckets, [replicas] * len(buckets))}
@@ -220,12 +218,7 @@ def _check(
     between = parse_unbiased(replicate_gradients, "replicate_gradients")
     if between is not None and replicas is None:
         raise ValueError("replicate_gradients needs replicate_group: the ranks that hold the same shard")
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta must be at least 0 and below 1, got {beta}")
-    if as_int(reset_every, "reset_every") < 1:
-        raise ValueError(f"reset_every must be at least 1, got {reset_every}")
+    memory = parse_feedback(feedback, beta, reset_every)
     as_int(seed, "seed")
     size = None
     if codecs is not None or of_weights is not None or replicas is not None:
@@ -245,9 +238,7 @@ def _check(
         if len(sizes) > 1:
             raise ValueError(f"all modules must have as many ranks in a node for two levels, got {sorted(sizes)}")
         size = sizes.pop()
-    return _Config(
-        codecs, of_weights, between, feedback, size, keep_packets, differences, float(beta), reset_every, seed
-    )
+    return _Config(codecs, of_weights, between, memory, size, keep_packets, differences, seed)
 
 
 def _one_shard_group(buckets: Sequence[Bucket], instead: str) -> None:
@@ -282,7 +273,7 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
     progress: dict[str, Progress] = {}
     scatters: list[GradientScatter] = []
     gathers: list[WeightGather | DifferenceGather] = []
-    memory_for = _memories(config)
+    memory_for, pool = partial(_memory, config.feedback), Pool()
     anything = config.gradients is not None or config.weights is not None
     for bucket in buckets:
         steps = progress[bucket.name] = Progress()
@@ -290,7 +281,7 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
             # Its wires are made now, by all ranks together.
             Levels(channel_of(bucket.shard_group, bucket.device), config.node_size)
         if anything:
-            scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for)
+            scatter = GradientScatter(bucket, gradients, steps, config.node_size, memory_for, pool)
             scatters.append(scatter)
             gather = (
                 DifferenceGather(bucket, weights, steps, config.node_size)
@@ -313,9 +304,9 @@ def _install(buckets: Sequence[Bucket], config: _Config, replicas: dist.ProcessG
                     names.setdefault(channel_of(group, bucket.device), []).append(bucket.name)
         return names
 
-    return State(
-        place, weights, gradients, between, progress, scatters, gathers, config.feedback, config.seed, setup, channels
-    )
+    kind = None if config.feedback is None else config.feedback.kind
+    part = Part(weights, gradients, between, kind, config.seed, setup)
+    return State(place, [part], progress, [("", scatter) for scatter in scatters], gathers, channels)
 
 
 def _place(buckets: Sequence[Bucket], replicas: dist.ProcessGroup | None) -> Place:
@@ -334,31 +325,9 @@ def _step_of(bucket: Bucket, progress: Mapping[str, Progress]) -> int:
     return max(each.step for each in progress.values())
 
 
-def _memories(config: _Config) -> Callable[[Bucket], Memory | None]:
-    scratch = Scratch()
-
-    def make(bucket: Bucket) -> Memory | None:
-        world_size = bucket.shard_group.size() if config.feedback is not None else 1
-        slots = [slot for slot in bucket.slots if slot.trainable]
-        if config.feedback is None or world_size == 1 or not slots:
-            return None
-        if config.feedback == "full":
-            return FullMemory(slots, world_size, bucket.device)
-        return LoCoMemory(slots, world_size, bucket.device, config.beta, config.reset_every, scratch)
-
-    return make
-
-
-def _warn_of_memory(buckets: Sequence[Bucket], feedback: str) -> None:
-    world_size = buckets[0].shard_group.size()
-    if world_size == 1:
-        return
-    trainable = [[slot for slot in bucket.slots if slot.trainable] for bucket in buckets]
-    elements = sum(slot.shape.numel() for slots in trainable for slot in slots)
-    nbytes = sum(residual_nbytes(feedback, slots, world_size) for slots in trainable)
-    warnings.warn(
-        f"feedback={feedback!r} keeps {nbytes} bytes ({nbytes / 2**20:.1f} MiB) of residuals on every rank, for "
-        f"{elements} trainable elements, unsharded; feedback=None, with stochastic rounding, keeps none",
-        ResidualMemory,
-        stacklevel=5,
-    )
+def _memory(feedback: Feedback | None, bucket: Bucket) -> Memory | None:
+    world_size = bucket.shard_group.size() if feedback is not None else 1
+    slots = [slot for slot in bucket.slots if slot.trainable]
+    if feedback is None or world_size == 1 or not slots:
+        return None
+    return feedback.memory(slots, world_size, bucket.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,14 @@ class Progress:
 
     step: int = 0
     between: int = 0
+
+    def stored(self) -> list[int]:
+        """What is saved of it."""
+        return [self.step, self.between]
+
+    def restore(self, stored: Sequence[int]) -> None:
+        """Takes over what :meth:`stored` gave."""
+        self.step, self.between = stored
 
 
 @dataclass

@@ -1,126 +1,167 @@
-"""Error-feedback memory of one FSDP2 module: what compression took from this rank's gradients, to be added to the next.
+"""Error-feedback memory of some parameters: what compression took from this rank's gradients, to be added to the next.
 
 A rank sends every other rank its part of the gradients, so what it owes is of the size of the *unsharded* parameters.
-Residuals belong to parameters. The reduce-scatter sees them in one flat tensor: rank after rank, parameter after
-parameter, each begun at a whole block.
+Residuals belong to parameters, wherever a reduce-scatter sees them.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from smallreduce import ops
-from smallreduce._layout import BLOCK, Layout
-from smallreduce.codecs import IntQuant
-from smallreduce.fsdp._torch_groups import Slot
+from smallreduce._layout import Layout
+from smallreduce.codecs import as_int
+from smallreduce.collectives._pool import Pool
+from smallreduce.fsdp._residual_layout import Arrangement, Divided, packet_layout, stored_nbytes
 
-__all__ = ["FullMemory", "LoCoMemory", "Memory", "Scratch", "packet_layout", "padded", "residual_nbytes"]
-
-STORED = IntQuant(8, rounding="nearest")
-"""How LoCo's residuals are kept."""
-
-
-def padded(numel: int) -> int:
-    """Elements of so many, to the end of their last block."""
-    return BLOCK * -(-numel // BLOCK)
-
-
-def packet_layout(shard_numel: int, world_size: int, begin: int, distance: int) -> Layout:
-    """That of one parameter's stored residual, over a flat one in which each rank's part of it begins ``distance``
-    elements after the one before, the first at ``begin``."""
-    segments = [(begin + rank * distance, shard_numel) for rank in range(world_size)]
-    return Layout.build(segments, STORED.format, torch.float32)
+__all__ = [
+    "Feedback",
+    "FullMemory",
+    "LoCoMemory",
+    "Loan",
+    "Memory",
+    "ResidualMemory",
+    "parse_feedback",
+    "warn_of_memory",
+]
 
 
-def residual_nbytes(feedback: str, slots: Sequence[Slot], world_size: int) -> int:
-    """What ``nbytes`` of the memory of these parameters is, before there is one.
+class ResidualMemory(UserWarning):
+    """What the residuals of error feedback take on every rank."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How gradients are given error feedback.
+
+    Attributes:
+        kind: ``"full"`` or ``"int8"``.
+        beta, reset_every: Of LoCo.
+    """
+
+    kind: str
+    beta: float
+    reset_every: int
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "full" else f"{self.kind} (beta {self.beta}, reset_every {self.reset_every})"
+
+    def memory(self, slots: Sequence[Divided], world_size: int, device: torch.device) -> Memory:
+        """Residuals of zero."""
+        if self.kind == "full":
+            return FullMemory(slots, world_size, device)
+        return LoCoMemory(slots, world_size, device, self.beta, self.reset_every)
+
+
+def parse_feedback(kind: str | None, beta: float, reset_every: int) -> Feedback | None:
+    """The arguments that users give, ``kind`` checked before.
+
+    Raises:
+        TypeError, ValueError: ``beta`` or ``reset_every`` is not possible.
+    """
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and below 1, got {beta}")
+    if as_int(reset_every, "reset_every") < 1:
+        raise ValueError(f"reset_every must be at least 1, got {reset_every}")
+    return None if kind is None else Feedback(kind, float(beta), reset_every)
+
+
+def warn_of_memory(feedback: Feedback, slots: Iterable[Divided], world_size: int, stacklevel: int) -> None:
+    """Says what the residuals of these parameters will take.
 
     Args:
-        feedback: ``"full"`` or ``"int8"``.
+        stacklevel: Of the user's call, as for :func:`warnings.warn` from where this is called.
     """
-    shards = [slot.shard_shape.numel() for slot in slots]
-    if feedback == "full":
-        return torch.float32.itemsize * world_size * sum(map(padded, shards))
-    return sum(packet_layout(shard, world_size, 0, shard).stride for shard in shards)
+    slots = list(slots)
+    elements = sum(slot.shape.numel() for slot in slots)
+    nbytes = stored_nbytes(feedback.kind, slots, world_size)
+    warnings.warn(
+        f"feedback={feedback.kind!r} keeps {nbytes} bytes ({nbytes / 2**20:.1f} MiB) of residuals on every rank, for "
+        f"{elements} trainable elements, unsharded; feedback=None, with stochastic rounding, keeps none",
+        ResidualMemory,
+        stacklevel=stacklevel + 1,
+    )
 
 
-class Scratch:
-    """fp32 memory for one module's flat residual at a time, shared by all modules of a model.
+@dataclass
+class Loan:
+    """Residuals of some parameters while these are reduced.
 
-    Every FSDP root reduces on a CUDA stream of its own, so a module may take the memory on another stream than the one
-    before it.
+    Attributes:
+        worker: The flat residual, fp32, for the reduction, which replaces it by what its codec takes away.
     """
 
-    def __init__(self) -> None:
-        self._tensor: Tensor | None = None
-        self._given_back: torch.cuda.Event | None = None
-
-    def of(self, numel: int, device: torch.device) -> Tensor:
-        """So many elements, for the current stream, until :meth:`give_back`."""
-        if self._given_back is not None:
-            torch.cuda.current_stream(device).wait_event(self._given_back)
-        if self._tensor is None or self._tensor.numel() < numel:
-            self._tensor = torch.empty(numel, device=device)
-        if self._tensor.is_cuda:
-            # It may be let go of, for a larger one, while this stream still works on it.
-            self._tensor.record_stream(torch.cuda.current_stream(device))
-        return self._tensor[:numel]
+    worker: Tensor
+    arrangement: Arrangement
+    _memory: Memory
+    _step: int
+    _pool: Pool
 
     def give_back(self) -> None:
-        """What was taken is done with, once the current stream has come to here."""
-        if self._tensor is not None and self._tensor.is_cuda:
-            self._given_back = torch.cuda.current_stream(self._tensor.device).record_event()
+        """To be called once, when the reduction is over."""
+        self._memory._take_back(self.worker, self._step, self._pool, self.arrangement)
 
 
 class Memory(ABC):
-    """The residuals of one module's parameters.
+    """The residuals of parameters that are reduced together.
 
     Args:
-        slots: The parameters that get gradients.
+        slots: The parameters that get gradients, in the order in which the reduce-scatter sees them.
         world_size: Of the shard group.
         device: Of the gradients.
     """
 
-    def __init__(self, slots: Sequence[Slot], world_size: int, device: torch.device) -> None:
+    def __init__(self, slots: Sequence[Divided], world_size: int, device: torch.device) -> None:
         self.world_size = world_size
         self.device = device
-        self.slots: tuple[Slot, ...] = ()
-        self._lay_out(tuple(slots))
+        self._lay_out(slots)
 
-    def follow(self, slots: Sequence[Slot]) -> None:
-        """Takes the parameters that get gradients now; what others owe is forgotten."""
-        if tuple(slots) != self.slots:
-            self._lay_out(tuple(slots))
+    @property
+    def slots(self) -> tuple[Divided, ...]:
+        """The parameters."""
+        return self._whole.slots
 
-    def _lay_out(self, slots: tuple[Slot, ...]) -> None:
-        self.slots = slots
-        self._begins: dict[str, int] = {}
-        begin = 0
-        for slot in slots:
-            self._begins[slot.name] = begin
-            begin += padded(slot.shard_shape.numel())
-        self._part = begin
-        self.numel = self.world_size * begin
+    def follow(self, slots: Sequence[Divided], device: torch.device) -> None:
+        """Takes the parameters that get gradients now, and their device; what others owe is forgotten."""
+        if tuple(slots) != self.slots or device != self.device:
+            self.device = device
+            self._lay_out(slots)
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Each parameter's residual in a flat one, of shape (W, elements of its shard)."""
-        rows = flat.view(self.world_size, self._part)
-        return {slot.name: rows.narrow(1, self._begins[slot.name], slot.shard_shape.numel()) for slot in self.slots}
+    def _lay_out(self, slots: Sequence[Divided]) -> None:
+        self._whole = Arrangement(slots, self.world_size)
+        self._some: dict[tuple[str, ...], Arrangement] = {}
 
-    def _clear_padding(self, views: dict[str, Tensor]) -> None:
-        """Padding is not owed to anyone: what a codec leaves there (a Hadamard block spreads over it) is forgotten."""
-        for slot in self.slots:
-            if slot.shape.numel() < self.world_size * slot.shard_shape.numel():
-                # Only the first dimension is ever padded, so it is a rank's elements from some place on.
-                rest = slot.shape.numel()
-                for row in views[slot.name]:
-                    kept = min(max(rest, 0), len(row))
-                    row[kept:].zero_()
-                    rest -= len(row)
+    def _arrange(self, members: Collection[str] | None) -> Arrangement:
+        if members is None or len(members) == len(self.slots):
+            return self._whole
+        slots = [slot for slot in self.slots if slot.name in members]
+        key = tuple(slot.name for slot in slots)
+        if key not in self._some:
+            self._some[key] = Arrangement(slots, self.world_size)
+        return self._some[key]
+
+    def lend(self, step: int, pool: Pool, members: Collection[str] | None = None) -> Loan:
+        """The residuals for the reduction of a step, which are not to be lent again before they are given back.
+
+        Args:
+            step: Of the module: how often it has reduced before.
+            pool: For flat residuals that are only made for the reduction.
+            members: The names of the parameters that are reduced, of some of these; None: all. What others owe stays
+                owed.
+        """
+        arrangement = self._arrange(members)
+        return Loan(self._lend(step, pool, arrangement), arrangement, self, step, pool)
+
+    def slot(self, name: str) -> Divided:
+        return next(slot for slot in self.slots if slot.name == name)
 
     @property
     @abstractmethod
@@ -128,16 +169,16 @@ class Memory(ABC):
         """Of all residuals of this rank."""
 
     @abstractmethod
-    def lend(self, step: int) -> Tensor:
-        """The flat residual, fp32, for the reduction of a step, which replaces it by what its codec takes away."""
+    def _lend(self, step: int, pool: Pool, arrangement: Arrangement) -> Tensor:
+        """The flat residual of the parameters of the arrangement."""
 
     @abstractmethod
-    def take_back(self, worker: Tensor, step: int) -> None:
-        """Called with what :meth:`lend` gave when the reduction is over."""
+    def _take_back(self, worker: Tensor, step: int, pool: Pool, arrangement: Arrangement) -> None:
+        """Called with what :meth:`_lend` gave when the reduction is over."""
 
     @abstractmethod
     def skip(self, step: int) -> None:
-        """Called in the place of :meth:`lend` and :meth:`take_back` for a step that is reduced without feedback."""
+        """Called in the place of :meth:`lend` for a step that is reduced without feedback."""
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
@@ -159,32 +200,37 @@ class Memory(ABC):
     def stored_shape(self, name: str, world_size: int) -> tuple[torch.dtype, int]:
         """dtype and elements of what is stored for a parameter on one of ``world_size`` ranks."""
 
-    def slot(self, name: str) -> Slot:
-        return next(slot for slot in self.slots if slot.name == name)
-
 
 class FullMemory(Memory):
     """Residuals as they are, fp32: outputs plus residuals equal inputs."""
 
-    def _lay_out(self, slots: tuple[Slot, ...]) -> None:
+    def _lay_out(self, slots: Sequence[Divided]) -> None:
         old: dict[str, Tensor] = getattr(self, "_residuals", {})
         super()._lay_out(slots)
-        self._flat = torch.zeros(self.numel, device=self.device)
-        new = self._views(self._flat)
+        self._flat = torch.zeros(self._whole.numel, device=self.device)
+        self._residuals = self._whole.views(self._flat)
         for name, residual in old.items():
-            if name in new:
-                new[name].copy_(residual)
-        self._residuals = new
+            if name in self._residuals:
+                self._residuals[name].copy_(residual)
 
     @property
     def nbytes(self) -> int:
         return self._flat.nbytes
 
-    def lend(self, step: int) -> Tensor:
-        return self._flat
+    def _lend(self, step: int, pool: Pool, arrangement: Arrangement) -> Tensor:
+        if arrangement is self._whole:
+            return self._flat
+        flat = pool.take(arrangement.numel, torch.float32, self.device)
+        for name, view in arrangement.views(flat).items():
+            view.copy_(self._residuals[name])
+        return flat
 
-    def take_back(self, worker: Tensor, step: int) -> None:
-        self._clear_padding(self._residuals)
+    def _take_back(self, worker: Tensor, step: int, pool: Pool, arrangement: Arrangement) -> None:
+        if arrangement is not self._whole:
+            for name, view in arrangement.views(worker).items():
+                self._residuals[name].copy_(view)
+            pool.give(worker)
+        self._whole.clear_padding(self._flat)
 
     def skip(self, step: int) -> None:
         """What is owed stays owed."""
@@ -213,42 +259,39 @@ class LoCoMemory(Memory):
     Args:
         beta: The weight of what was, in ``e <- beta * e + (1 - beta) * (h - decoded)``, h the gradient plus e.
         reset_every: Steps after which e begins at zero again.
-        scratch: Shared by all modules.
     """
 
     def __init__(
-        self,
-        slots: Sequence[Slot],
-        world_size: int,
-        device: torch.device,
-        beta: float,
-        reset_every: int,
-        scratch: Scratch,
+        self, slots: Sequence[Divided], world_size: int, device: torch.device, beta: float, reset_every: int
     ) -> None:
         self._packets: dict[str, Tensor] = {}
         self._beta = beta
         self._reset_every = reset_every
-        self._scratch = scratch
         super().__init__(slots, world_size, device)
 
-    def _lay_out(self, slots: tuple[Slot, ...]) -> None:
+    def _lay_out(self, slots: Sequence[Divided]) -> None:
         super()._lay_out(slots)
-        self._layouts = {
-            slot.name: packet_layout(slot.shard_shape.numel(), self.world_size, self._begins[slot.name], self._part)
-            for slot in slots
-        }
-        zeros = torch.zeros(self.numel, device=self.device)
-        self._packets = {name: self._packets[name] for name in self._layouts if name in self._packets}
-        for name in self._layouts.keys() - self._packets.keys():
-            self._packets[name] = self._encode(zeros, name)
+        old, self._packets = self._packets, {}
+        for slot in self.slots:
+            if slot.name in old:
+                self._packets[slot.name] = old[slot.name].to(self.device)
+        self._forget([slot.name for slot in self.slots if slot.name not in old])
 
-    def _encode(self, flat: Tensor, name: str) -> Tensor:
-        layout = self._layouts[name]
-        packet = self._packets.get(name)
-        if packet is None:
-            packet = torch.zeros(layout.stride, dtype=torch.uint8, device=self.device)
-        ops.encode(flat, layout, packet)
-        return packet
+    def _forget(self, names: Sequence[str]) -> None:
+        """Lets the residuals of some parameters begin at zero."""
+        for name in names:
+            layout = self._own_layout(name)
+            self._encode(name, torch.zeros(layout.extent, device=self.device), layout)
+
+    def _own_layout(self, name: str) -> Layout:
+        """Over a flat residual of this parameter alone."""
+        count, numel = self.slot(name).parts(self.world_size)
+        return packet_layout(count, numel, 0, numel)
+
+    def _encode(self, name: str, flat: Tensor, layout: Layout) -> None:
+        if name not in self._packets:
+            self._packets[name] = torch.zeros(layout.stride, dtype=torch.uint8, device=self.device)
+        ops.encode(flat, layout, self._packets[name])
 
     @property
     def nbytes(self) -> int:
@@ -257,31 +300,31 @@ class LoCoMemory(Memory):
     def _starts_anew(self, step: int) -> bool:
         return step % self._reset_every == 0 and step > 0
 
-    def lend(self, step: int) -> Tensor:
-        flat = self._scratch.of(self.numel, self.device).zero_()
-        if not self._starts_anew(step):
-            for slot in self.slots:
-                ops.decode(self._packets[slot.name], self._layouts[slot.name], flat)
+    def _lend(self, step: int, pool: Pool, arrangement: Arrangement) -> Tensor:
+        flat = pool.take(arrangement.numel, torch.float32, self.device).zero_()
+        if self._starts_anew(step):
+            self._forget([slot.name for slot in self.slots if slot.name not in arrangement.packets])
+            return flat
+        for name, layout in arrangement.packets.items():
+            ops.decode(self._packets[name], layout, flat)
         return flat
 
-    def take_back(self, worker: Tensor, step: int) -> None:
+    def _take_back(self, worker: Tensor, step: int, pool: Pool, arrangement: Arrangement) -> None:
         worker.mul_(1 - self._beta)
         if self._beta and not self._starts_anew(step):
             worker.div_(self._beta)
-            for slot in self.slots:
-                ops.decode_add(self._packets[slot.name], self._layouts[slot.name], worker)
+            for name, layout in arrangement.packets.items():
+                ops.decode_add(self._packets[name], layout, worker)
             worker.mul_(self._beta)
-        self._clear_padding(self._views(worker))
-        for slot in self.slots:
-            self._encode(worker, slot.name)
-        self._scratch.give_back()
+        arrangement.clear_padding(worker)
+        for name, layout in arrangement.packets.items():
+            self._encode(name, worker, layout)
+        pool.give(worker)
 
     def skip(self, step: int) -> None:
         """What is owed stays owed; but e begins anew where it would have."""
         if self._starts_anew(step):
-            zeros = torch.zeros(self.numel, device=self.device)
-            for slot in self.slots:
-                self._encode(zeros, slot.name)
+            self._forget([slot.name for slot in self.slots])
 
     def stored(self) -> dict[str, Tensor]:
         return {slot.name: self._packets[slot.name].clone() for slot in self.slots}
@@ -292,27 +335,17 @@ class LoCoMemory(Memory):
 
     def owed(self, name: str, stored: Tensor, world_size: int) -> Tensor:
         slot = self.slot(name)
-        shard = _shard_shape(slot, world_size).numel()
-        parts = torch.empty(world_size, shard)
-        ops.decode(stored.cpu(), packet_layout(shard, world_size, 0, shard), parts.view(-1))
-        shards = parts.view(world_size, *_shard_shape(slot, world_size))
-        return torch.cat(list(shards), slot.dim).narrow(0, 0, slot.shape[0])
+        count, numel = slot.parts(world_size)
+        parts = torch.empty(count, numel)
+        ops.decode(stored.cpu(), packet_layout(count, numel, 0, numel), parts.view(-1))
+        return slot.join(parts)
 
     def store(self, name: str, owed: Tensor) -> Tensor:
-        slot = self.slot(name)
-        shard = slot.shard_shape.numel()
-        layout = packet_layout(shard, self.world_size, 0, shard)
+        layout = self._own_layout(name)
         packet = torch.zeros(layout.stride, dtype=torch.uint8)
-        ops.encode(slot.split(owed, self.world_size).contiguous().view(-1), layout, packet)
+        ops.encode(self.slot(name).split(owed, self.world_size).contiguous().view(-1), layout, packet)
         return packet
 
     def stored_shape(self, name: str, world_size: int) -> tuple[torch.dtype, int]:
-        shard = _shard_shape(self.slot(name), world_size).numel()
-        return torch.uint8, packet_layout(shard, world_size, 0, shard).stride
-
-
-def _shard_shape(slot: Slot, world_size: int) -> torch.Size:
-    """Of a padded shard on so many ranks."""
-    shape = list(slot.shape)
-    shape[slot.dim] = -(-shape[slot.dim] // world_size)
-    return torch.Size(shape)
+        count, numel = self.slot(name).parts(world_size)
+        return torch.uint8, packet_layout(count, numel, 0, numel).stride

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smallreduce.collectives import Start, channel_of, reduce_scatter_for
 from smallreduce.collectives._levels import Levels
+from smallreduce.collectives._pool import Pool
 from smallreduce.fsdp._leg import Leg, Progress, borrow
 from smallreduce.fsdp._memory import Memory
 from smallreduce.fsdp._torch_groups import Bucket
@@ -32,6 +33,7 @@ class GradientScatter:
         node_size: Ranks in a node, where the leg has two codecs.
         memory_for: Makes the memory of what the codec took away from earlier gradients, for the parameters that are
             trainable now; None without feedback, or without any.
+        pool: For what it takes while a reduction is under way.
 
     Attributes:
         bucket: As given.
@@ -46,16 +48,28 @@ class GradientScatter:
         progress: Progress,
         node_size: int | None,
         memory_for: Callable[[Bucket], Memory | None],
+        pool: Pool,
     ) -> None:
         self.bucket = bucket
         self._leg = leg
         self._progress = progress
         self._node_size = node_size
         self._memory_for = memory_for
+        self._pool = pool
         self.memory = memory_for(bucket)
         self.partial = 0
         self._is_ever_whole = False
         self._stock = bucket.reduce_scatter
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return self.bucket.label
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """In which gradients are reduced."""
+        return self.bucket.reduce_dtype
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         tensor: Tensor = self._stock.allocate(size, dtype=dtype, device=device)
@@ -107,15 +121,16 @@ class GradientScatter:
         route = channel if self._node_size is None else Levels(channel, self._node_size)
         key = ("fsdp.scatter", segments, codec, dtype, self._node_size)
         engine, give_back = borrow(channel, key, lambda: reduce_scatter_for(segments, numel, codec, dtype, route))
-        worker = None if memory is None else memory.lend(step)
+        loan = None if memory is None else memory.lend(step, self._pool)
+        worker = None if loan is None else loan.worker
         work = engine.launch(
             output_tensor, input_tensor, op, worker, leg.seed, 3 * self.bucket.number + 1, step,
             after=give_back, start=Start(background=False),
         )  # fmt: skip
         leg.count(uncompressed, engine.bytes_sent)
         work.wait()
-        if memory is not None and worker is not None:
-            memory.take_back(worker, step)
+        if loan is not None:
+            loan.give_back()
         return None
 
     def _warn_if_always_partial(self) -> None:
@@ -134,7 +149,8 @@ class GradientScatter:
         if self.memory is None:
             self.memory = self._memory_for(self.bucket)
         else:
-            self.memory.follow([slot for slot in self.bucket.slots if slot.trainable])
+            slots = [slot for slot in self.bucket.slots if slot.trainable]
+            self.memory.follow(slots, self.bucket.device)
         return self.memory
 
 

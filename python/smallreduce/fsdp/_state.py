@@ -1,37 +1,39 @@
-"""The state behind a compressed FSDP2 model: what was sent, the residuals, and how far each module has come."""
+"""The state behind a compressed sharded model: what was sent, the residuals, and how far each module has come."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from smallreduce._flat_shard import FlatShard
 from smallreduce.codecs import as_int
-from smallreduce.collectives import Channel, Count
+from smallreduce.collectives import Channel
 from smallreduce.fsdp._difference_gather import DifferenceGather
 from smallreduce.fsdp._gather import WeightGather
-from smallreduce.fsdp._leg import Leg, Progress
 from smallreduce.fsdp._memory import Memory
 from smallreduce.fsdp._resharding import Place, overlaps
-from smallreduce.fsdp._scatter import GradientScatter
-from smallreduce.fsdp._stats import Stats
+from smallreduce.fsdp._residual_layout import Divided
+from smallreduce.fsdp._state_parts import Part, Reducer, Steps
+from smallreduce.fsdp._stats import LegStats, Stats
 from smallreduce.fsdp._together import together
 
 __all__ = ["State"]
 
 _FORMAT = 2
 
+T = TypeVar("T")
 
 Loading = tuple[Callable[[], None], Mapping[str, str]]
 """What loads a state that was checked, and of which steps that is, for each module."""
 
 
 class State:
-    """What :func:`smallreduce.fsdp.compress` returns; one for each model, for as long as the model lives.
+    """What :func:`smallreduce.fsdp.compress` and :func:`smallreduce.ragged.state` return, for as long as the model
+    lives.
 
     It holds what the model needs to continue where it was: the residuals of error feedback and the weights that
     differences are taken from, if any, and how often each module has reduced its gradients, on which the random bits
@@ -41,25 +43,17 @@ class State:
     def __init__(
         self,
         place: Place,
-        weights: Leg,
-        gradients: Leg,
-        replicas: Leg,
-        progress: Mapping[str, Progress],
-        scatters: list[GradientScatter],
+        parts: Sequence[Part],
+        steps: Mapping[str, Steps],
+        reducers: Sequence[tuple[str, Reducer]],
         gathers: Sequence[WeightGather | DifferenceGather],
-        feedback: str | None,
-        seed: int,
-        setup: Count,
         channels: Callable[[], Mapping[Channel, Sequence[str]]],
     ) -> None:
         self._place = place
-        self._weights, self._gradients, self._replicas = weights, gradients, replicas
-        self._progress = dict(progress)
-        self._scatters = scatters
+        self._parts = parts
+        self._steps = dict(steps)
+        self._reducers = reducers  # beside what the names of its parameters begin with in the model
         self._gathers = gathers
-        self._feedback = feedback
-        self._seed = seed
-        self._setup = setup
         self._channels = channels  # of the groups that this rank is in, with the names of their modules
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,8 +65,22 @@ class State:
         raise TypeError("State cannot be pickled, since it belongs to process groups: save its state_dict()")
 
     @property
-    def _memories(self) -> list[Memory]:
-        return [scatter.memory for scatter in self._scatters if scatter.memory is not None]
+    def _memories(self) -> list[tuple[str, Memory]]:
+        return [(prefix, memory) for prefix, reducer in self._reducers if (memory := reducer.memory) is not None]
+
+    def _named(self) -> Iterator[tuple[str, Memory, Divided]]:
+        """Each parameter that something is owed to, by its name in the model, and who keeps it."""
+        for prefix, memory in self._memories:
+            for slot in memory.slots:
+                yield prefix + slot.name, memory, slot
+
+    @property
+    def _feedback(self) -> str | list[str | None] | None:
+        return _one_or_all([part.feedback for part in self._parts])
+
+    @property
+    def _seed(self) -> int | list[int]:
+        return _one_or_all([part.seed for part in self._parts])
 
     @property
     def _references(self) -> dict[str, DifferenceGather]:
@@ -86,20 +94,20 @@ class State:
         return {"format": _FORMAT, "seed": self._seed, "feedback": self._feedback, "by_differences": by_differences}
 
     def _stored(self) -> dict[str, Tensor]:
-        return {name: tensor for memory in self._memories for name, tensor in memory.stored().items()}
+        return {prefix + name: tensor for prefix, memory in self._memories for name, tensor in memory.stored().items()}
 
     def stats(self) -> Stats:
         """What this rank has sent so far. Call it between steps."""
         return Stats(
             world_size=self._place.world_size,
             replicas=self._place.replicas,
-            weights=self._weights.stats(),
-            gradients=self._gradients.stats(),
-            between_replicas=self._replicas.stats(),
-            partial_reductions=sum(scatter.partial for scatter in self._scatters),
-            residual_nbytes=sum(memory.nbytes for memory in self._memories),
+            weights=LegStats.total(part.weights.stats() for part in self._parts),
+            gradients=LegStats.total(part.gradients.stats() for part in self._parts),
+            between_replicas=LegStats.total(part.between.stats() for part in self._parts),
+            partial_reductions=sum(reducer.partial for _, reducer in self._reducers),
+            residual_nbytes=sum(memory.nbytes for _, memory in self._memories),
             kept_nbytes=sum(gather.nbytes for gather in self._gathers),
-            setup_bytes_sent=self._setup.bytes_sent,
+            setup_bytes_sent=sum(part.setup.bytes_sent for part in self._parts),
         )
 
     def adopt_weights(self) -> None:
@@ -124,7 +132,7 @@ class State:
             "ranks": [self._place.world_size, self._place.replicas],
             "seed": self._seed,
             "feedback": self._feedback,
-            "steps": {name: [progress.step, progress.between] for name, progress in self._progress.items()},
+            "steps": {name: steps.stored() for name, steps in self._steps.items()},
             "residuals": {name: tensor.to("cpu", copy=True) for name, tensor in self._stored().items()},
             "differences": {
                 name: [each.number, each.step, each.is_current(each.bucket.part())]
@@ -151,7 +159,7 @@ class State:
     def _loading(self, state_dict: Mapping[str, Any]) -> Loading:
         given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict)
         if not isinstance(state_dict, Mapping) or given != _FORMAT:
-            raise ValueError(f"not a state of smallreduce.fsdp in format {_FORMAT}, got {given!r}")
+            raise ValueError(f"not a state of a compressed model in format {_FORMAT}, got {given!r}")
         mine = (self._place.row, [self._place.world_size, self._place.replicas])
         theirs = (state_dict.get("row"), list(state_dict.get("ranks", ())))
         if mine != theirs:
@@ -169,7 +177,7 @@ class State:
         def lines(loading: Loading, channel: Channel) -> list[str]:
             return [f"{name}: {loading[1][name]}" for name in channels[channel]]
 
-        load, _ = together(channels, prepare, lambda loading: "load a state", lines, self._setup)
+        load, _ = together(channels, prepare, lambda loading: "load a state", lines, self._parts[0].setup)
         load()
 
     def _check(self, state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -187,7 +195,7 @@ class State:
         shapes = self._shapes(self._place.world_size)
         own = {name: shape for each in self._references.values() for name, shape in each.shapes().items()}
         for what, given, expected in (
-            ("modules", steps, self._progress),
+            ("modules", steps, self._steps),
             ("residuals", residuals, shapes),
             ("modules whose differences travel", differences, self._references),
             ("weights that all ranks have", references, own),
@@ -208,7 +216,13 @@ class State:
                     f"of the weights that all ranks have of {name} this rank's must be of shape {tuple(shape)}, got "
                     f"{tuple(references[name].shape)}"
                 )
-        numbers = {name: [_count(one, f"the steps of {name}") for one in pair] for name, pair in steps.items()}
+        numbers = {name: [_count(one, f"the steps of {name}") for one in given] for name, given in steps.items()}
+        for name, found in numbers.items():
+            if len(found) != len(self._steps[name].stored()):
+                raise ValueError(
+                    f"the steps of {name} must be {len(self._steps[name].stored())} numbers, got {found}: a state of "
+                    "fsdp.compress and one of ragged.fully_shard are not the same"
+                )
         counts = {
             name: (
                 _count(number, f"the differences of {name}"),
@@ -218,22 +232,20 @@ class State:
         }
 
         def load() -> None:
-            for name, (step, between) in numbers.items():
-                self._progress[name].step, self._progress[name].between = step, between
-            for memory in self._memories:
-                memory.restore({slot.name: residuals[slot.name] for slot in memory.slots})
+            for name, found in numbers.items():
+                self._steps[name].restore(found)
+            for prefix, memory in self._memories:
+                memory.restore({slot.name: residuals[prefix + slot.name] for slot in memory.slots})
             for name, (number, at) in counts.items():
                 self._references[name].restore(references, number, at, bool(differences[name][2]))
 
-        return load, {name: f"{pair} steps, differences {counts.get(name)}" for name, pair in numbers.items()}
+        return load, {name: f"{found} steps, differences {counts.get(name)}" for name, found in numbers.items()}
 
     def _shapes(self, world_size: int) -> dict[str, tuple[torch.dtype, int]]:
         """dtype and elements of each stored residual, on each of ``world_size`` ranks of a shard group."""
         if world_size == 1:  # nothing is compressed there
             return {}
-        return {
-            slot.name: memory.stored_shape(slot.name, world_size) for memory in self._memories for slot in memory.slots
-        }
+        return {name: memory.stored_shape(slot.name, world_size) for name, memory, slot in self._named()}
 
     # ---- all ranks together -----------------------------------------------------------------------------------------
 
@@ -253,13 +265,13 @@ class State:
                 or this number: this rank's own state. From one rank there are no residuals to be loaded.
 
         Returns:
-            ``"ranks"``: int64, ranks of a shard group and replicas; ``"format"``; ``"seed"``, ``"feedback"``,
-            ``"by_differences"``: what was given to :func:`~smallreduce.fsdp.compress`; ``"steps"``: int64, two for each
-            module;
-            ``"residuals"``: for each parameter the residuals of all ranks one after another, of which this rank holds
-            its own, or, for loading what others saved, those that it takes over; ``"differences"`` and
-            ``"references"``: how many differences of weights each module has sent, and of which weights, sharded as
-            the parameters are.
+            ``"ranks"``: int64, ranks of a shard group and replicas; ``"format"``; ``"by_differences"``, ``"seed"``,
+            ``"feedback"``: what was given to :func:`~smallreduce.fsdp.compress`; of
+            :func:`smallreduce.ragged.fully_shard` a list, where not all calls were given the same; ``"steps"``: int64,
+            some for each module; ``"residuals"``: for each parameter the residuals of all ranks one after another, of
+            which this rank holds its own, or, for loading what others saved, those that it takes over;
+            ``"differences"`` and ``"references"``: how many differences of weights each module has sent, and of which
+            weights, sharded as the parameters are.
 
         Raises:
             ValueError: ``saved_on`` is no number of ranks.
@@ -276,7 +288,7 @@ class State:
         return {
             "ranks": torch.tensor([old.world_size, old.replicas]),
             **self._given,
-            "steps": {name or ".": torch.tensor([p.step, p.between]) for name, p in self._progress.items()},
+            "steps": {name or ".": torch.tensor(steps.stored()) for name, steps in self._steps.items()},
             "residuals": residuals,
             "differences": {
                 name or ".": torch.tensor(
@@ -316,8 +328,8 @@ class State:
         old = Place.of(state_dict["ranks"])
         weights = overlaps(self._place, old)
         same = old.rows == self._place.rows and old.world_size == self._place.world_size
-        halves = [s.bucket.label for s in self._scatters if s.memory and s.bucket.reduce_dtype == torch.float16]
-        if self._feedback is not None and self._place.world_size == 1 < old.world_size:
+        halves = [r.label for _, r in self._reducers if r.memory is not None and r.reduce_dtype == torch.float16]
+        if any(part.feedback for part in self._parts) and self._place.world_size == 1 < old.world_size:
             warnings.warn(
                 f"the residuals of {old.world_size} ranks are dropped: in a shard group of one rank nothing is "
                 "compressed, and nothing is owed",
@@ -330,25 +342,29 @@ class State:
                 f"ranks, and residuals are in these units: load on {old.world_size} ranks and {old.replicas} replicas"
             )
         residuals = {}
-        for memory in self._memories:
-            for slot in memory.slots:
-                if old.world_size == 1:
-                    residuals[slot.name] = memory.store(slot.name, torch.zeros(slot.shape))
-                    continue
-                rows: Tensor = state_dict["residuals"][slot.name].local
-                if same:
-                    residuals[slot.name] = rows
-                    continue
-                mean = torch.zeros(slot.shape, dtype=torch.float64)
-                for row, weight in zip(rows.chunk(len(weights)), weights.values(), strict=True):
-                    mean += memory.owed(slot.name, row.cpu(), old.world_size).double() * weight
-                residuals[slot.name] = memory.store(slot.name, mean.float())
+        for name, memory, slot in self._named():
+            if old.world_size == 1:
+                residuals[name] = memory.store(slot.name, torch.zeros(slot.shape))
+                continue
+            rows: Tensor = state_dict["residuals"][name].local
+            if same:
+                residuals[name] = rows
+                continue
+            mean = torch.zeros(slot.shape, dtype=torch.float64)
+            for row, weight in zip(rows.chunk(len(weights)), weights.values(), strict=True):
+                mean += memory.owed(slot.name, row.cpu(), old.world_size).double() * weight
+            residuals[name] = memory.store(slot.name, mean.float())
         steps, differences = (
             {"" if name == "." else name: numbers.tolist() for name, numbers in state_dict[key].items()}
             for key in ("steps", "differences")
         )
         references = {name: shard.to_local() for name, shard in state_dict["references"].items()}
         return self._parse(steps, residuals, differences, references)
+
+
+def _one_or_all(values: list[T]) -> T | list[T]:
+    """What was given everywhere, or what in each place."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _count(number: object, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["LegStats", "Stats"]
@@ -12,8 +13,9 @@ class LegStats:
     """One of the ways that data take in a step: weights, gradients, or gradients between replicas.
 
     Attributes:
-        codec: Spelling; of both levels, where there are two, as ``"intra, inter"``. None: torch's own collective.
-        calls: Of torch for this leg, one for each FSDP module and time that it gathers or reduces.
+        codec: Spelling; of both levels, where there are two, as ``"intra, inter"``; where modules have several, with
+            ``" | "`` between them. None: torch's own collective.
+        calls: For this leg, one for each module that is sharded and time that it gathers or reduces.
         exact_calls: Those that took torch's own collective: all without a codec, else those of a dtype that no codec
             takes, and the first of differences.
         bytes_sent: Payload that this rank sent to others, by the convention of :mod:`smallreduce.metrics`.
@@ -31,18 +33,33 @@ class LegStats:
         """Uncompressed bytes for each byte sent; NaN where nothing is sent."""
         return self.uncompressed_bytes / self.bytes_sent if self.bytes_sent else float("nan")
 
+    @staticmethod
+    def total(legs: Iterable[LegStats]) -> LegStats:
+        """The sum of what several modules have sent."""
+        legs = list(legs)
+        codecs = dict.fromkeys(leg.codec for leg in legs)
+        spelling = " | ".join(map(str, codecs)) if any(codecs) else None
+        return LegStats(
+            spelling,
+            sum(leg.calls for leg in legs),
+            sum(leg.exact_calls for leg in legs),
+            sum(leg.bytes_sent for leg in legs),
+            sum(leg.uncompressed_bytes for leg in legs),
+        )
+
 
 @dataclass(frozen=True)
 class Stats:
     """What :meth:`smallreduce.fsdp.State.stats` returns; of this rank and this object, not of a loaded state.
 
     Attributes:
-        world_size: Ranks of the shard group; where modules have several, of the largest. With one, torch gathers and
-            scatters nothing.
+        world_size: Ranks of the shard group; where modules have several, of the largest. With one, nothing is gathered
+            or scattered.
         replicas: Ranks of the replicate group; 1 without one.
         weights, gradients, between_replicas: The legs.
-        partial_reductions: Reductions in which some trainable parameters of the module had no gradient. torch does not
-            tell which, so groups restart at none of the others, and what feedback owes stays owed until the next.
+        partial_reductions: Reductions in which some trainable parameters of the module had no gradient. FSDP2 does not
+            tell which, so groups restart at none of the others, and what feedback owes stays owed until the next; with
+            :func:`smallreduce.ragged.fully_shard` that is so for those without a gradient alone.
         residual_nbytes: Of the residuals of this rank.
         kept_nbytes: Of what this rank keeps of the weights from one pass to another, packets or references.
         setup_bytes_sent: Payload of comparing the configuration over the ranks.
@@ -90,7 +107,7 @@ class Stats:
         ]
         if self.world_size == 1:
             what = "nothing" if self.between_replicas.codec is None else "nothing but what goes between replicas"
-            lines.append(f"shard group of one rank: torch gathers and scatters nothing, so {what} is compressed")
+            lines.append(f"shard group of one rank: nothing is gathered or scattered, so {what} is compressed")
         names = ("weights", "gradients", "between replicas")
         for name, leg in zip(names, self._legs, strict=True):
             if leg.calls:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Bucket", "Slot", "Version", "buckets_of"]
+__all__ = ["Bucket", "Slot", "Version", "buckets_of", "plain_name"]
 
 Version = tuple[tuple[int, int, int], ...]
 """Of the weights of a bucket on this rank."""
@@ -66,14 +66,24 @@ class Slot:
         """Whether the unsharded parameter is itself spread over other ranks."""
         return bool(self._torch.is_dtensor)
 
+    def _shard_shape_on(self, world_size: int) -> torch.Size:
+        """That of every rank's shard, padded, on so many ranks."""
+        shape = list(self.shape)
+        shape[self.dim] = -(-shape[self.dim] // world_size)
+        return torch.Size(shape)
+
+    def parts(self, world_size: int) -> tuple[int, int]:
+        """So many padded shards, and the elements of each."""
+        return world_size, self._shard_shape_on(world_size).numel()
+
     def join(self, parts: Tensor) -> Tensor:
-        """All ranks' padded shards, of shape (W, shard's elements), as the unsharded tensor."""
-        shards = parts.reshape(len(parts), *self.shard_shape)
+        """All ranks' padded shards, of shape (W, shard's elements), as the unsharded tensor, a copy."""
+        shards = parts.reshape(len(parts), *self._shard_shape_on(len(parts)))
         return torch.cat(list(shards), self.dim).narrow(0, 0, self.shape[0]).reshape(self.shape)
 
     def split(self, whole: Tensor, world_size: int) -> Tensor:
         """The reverse of :meth:`join`; the padding is zero."""
-        missing = self.shard_shape[self.dim] * world_size - self.shape[self.dim]
+        missing = self._shard_shape_on(world_size)[self.dim] * world_size - self.shape[self.dim]
         padding = [0] * (2 * (whole.dim() - 1 - self.dim)) + [0, missing]
         padded = torch.nn.functional.pad(whole, padding)
         return torch.stack(padded.chunk(world_size, self.dim)).reshape(world_size, -1)
@@ -242,7 +252,7 @@ def buckets_of(model: nn.Module) -> list[Bucket]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module that fully_shard was applied to, got {type(model).__name__}")
-    names = {id(module): _plain(name) for name, module in model.named_modules()}
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
     found: dict[int, Bucket] = {}
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -250,13 +260,14 @@ def buckets_of(model: nn.Module) -> list[Bucket]:
         groups = _groups(module)
         if len(groups) > 1:
             raise ValueError(
-                f"{_plain(name) or 'the root module'} has parameters on several meshes (shard_placement_fn), for which "
-                "torch takes no communication of another's: shard the parameters of each mesh in a module of their own"
+                f"{plain_name(name) or 'the root module'} has parameters on several meshes (shard_placement_fn), for "
+                "which torch takes no communication of another's: shard the parameters of each mesh in a module of "
+                "their own"
             )
         for group in groups:
             if id(group) not in found:
                 slots = [_slot(parameter, names) for parameter in group.fsdp_params]
-                found[id(group)] = Bucket(_plain(name), len(found), module, slots, group)
+                found[id(group)] = Bucket(plain_name(name), len(found), module, slots, group)
     if not found:
         raise TypeError(
             f"{type(model).__name__} has no FSDP module with parameters: apply torch.distributed.fsdp.fully_shard "
@@ -284,7 +295,8 @@ def _slot(parameter: Any, names: dict[int, str]) -> Slot:
     )
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A module's or parameter's, without those of wrappers."""
     name += "."
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
