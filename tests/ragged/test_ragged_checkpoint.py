@@ -126,8 +126,8 @@ def _load(rank: int, world: int, kind: str, folder: str) -> dict[str, Tensor]:
 )
 def test_a_training_run(saved: tuple[str, int], loaded: tuple[str, int], tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
-    there = run(_save, saved[1], saved[0], folder)
-    here = run(_load, loaded[1], loaded[0], folder)
+    there = run(_save, saved[1], saved[0], folder, timeout=120)
+    here = run(_load, loaded[1], loaded[0], folder, timeout=120)
     for found in (*there, *here):
         assert found.keys() == there[0].keys() and len(found) == 4 * len(SHAPES)
         assert all(torch.equal(found[name], value) for name, value in there[0].items())
@@ -150,7 +150,7 @@ def _continues(rank: int, world: int, folder: str) -> None:
 
 
 def test_a_loaded_run_continues(tmp_path: Path) -> None:
-    run(_continues, 3, str(tmp_path / "checkpoint"))
+    run(_continues, 3, str(tmp_path / "checkpoint"), timeout=120)
 
 
 def _parts(rank: int, world: int, folder: str) -> None:
@@ -188,7 +188,7 @@ def _parts(rank: int, world: int, folder: str) -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    run(_parts, 3, str(tmp_path / "checkpoint"))
+    run(_parts, 3, str(tmp_path / "checkpoint"), timeout=120)
 
 
 def _asynchronously(rank: int, world: int, folder: str) -> None:
@@ -221,7 +221,7 @@ def _asynchronously(rank: int, world: int, folder: str) -> None:
 
 
 def test_async_save(tmp_path: Path) -> None:
-    run(_asynchronously, 2, str(tmp_path / "checkpoint"))
+    run(_asynchronously, 2, str(tmp_path / "checkpoint"), timeout=120)
 
 
 def _on_the_cpu(rank: int, world: int) -> None:

@@ -176,7 +176,7 @@ def test_clip_grad_norm(world: int) -> None:
     run(_clipping, world)
 
 
-def _scaler(rank: int, world: int) -> None:
+def _scaler(rank: int, world: int, fused: bool) -> None:
     rng = random.Random(2)
     shapes = [(7, 5), (13,)]
     sides: list[tuple[list[Any], Any, Any]] = []
@@ -184,7 +184,7 @@ def _scaler(rank: int, world: int) -> None:
     for side in ("ragged", "plain"):
         parameters = [nn.Parameter(sharded(_whole(s), rng) if side == "ragged" else _whole(s)) for s in shapes]
         placements = placements or [each.placement for each in parameters]
-        optimizer = torch.optim.SGD(parameters, lr=0.5)
+        optimizer = torch.optim.SGD(parameters, lr=0.5, fused=fused)
         sides.append((parameters, optimizer, torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)))
     for step in range(6):
         for parameters, optimizer, scaler in sides:
@@ -196,7 +196,8 @@ def _scaler(rank: int, world: int) -> None:
                 if isinstance(parameter, RaggedTensor):
                     gradient = RaggedTensor.distribute(gradient, placements[number])
                 parameter.grad = gradient
-            scaler.unscale_(optimizer)
+            if not fused:  # which unscales as it goes
+                scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
         (ragged, _, ours), (plain, _, theirs) = sides
@@ -206,6 +207,6 @@ def _scaler(rank: int, world: int) -> None:
     assert sides[0][2].get_scale() != 8.0
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_gradient_scaler(world: int) -> None:
-    run(_scaler, world)
+@pytest.mark.parametrize("world, fused", [(1, False), (2, False), (4, False), (3, True)])
+def test_gradient_scaler(world: int, fused: bool) -> None:
+    run(_scaler, world, fused)

@@ -353,6 +353,25 @@ def test_foreach_operators_are_those_of_elementwise_ones() -> None:
             assert _dispatch._classify(getattr(getattr(aten, name, aten.mm), overload)) is _dispatch._refuse
 
 
+def test_pointwise_operators_that_are_computed_on_parts() -> None:
+    """By torch's tag, which an operator has, too, that makes one truth value of all elements."""
+    found = 0
+    for schema in torch._C._jit_get_all_schemas():
+        if not schema.name.startswith("aten::"):
+            continue
+        overload = getattr(getattr(aten, schema.name[6:], None), schema.overload_name or "default", None)
+        if overload is None or torch.Tag.pointwise not in overload.tags:
+            continue
+        rule = _dispatch._classify(overload)
+        if isinstance(rule, _dispatch._Elementwise):
+            found += 1
+            assert all(str(each.type) == "Tensor" for each in overload._schema.returns), overload
+            assert not any("List" in str(each.type) for each in overload._schema.arguments), overload
+        else:
+            assert rule is _dispatch._refuse and schema.name in ("aten::equal", "aten::rrelu"), overload
+    assert found > 400
+
+
 def _mixed_lists(rank: int, world: int) -> None:
     """Parameters that are sharded and such that are not, in one list."""
     rng = random.Random(7)

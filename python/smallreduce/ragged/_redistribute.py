@@ -251,7 +251,6 @@ def _exchange(
             async_op=True,
         )
     )
-
     return Redistribution(
         [work],
         lambda: result([_joined([received], pieces) for pieces in plan.received]),
