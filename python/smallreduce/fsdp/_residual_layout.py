@@ -12,9 +12,9 @@ from torch import Tensor
 from smallreduce._layout import BLOCK, Layout
 from smallreduce.codecs import IntQuant
 
-__all__ = ["Arrangement", "Divided", "packet_layout", "stored_nbytes"]
+__all__ = ["STORED", "Arrangement", "Divided", "packet_layout", "stored_nbytes"]
 
-_STORED = IntQuant(8, rounding="nearest")
+STORED = IntQuant(8, rounding="nearest")
 """How LoCo's residuals are kept."""
 
 
@@ -51,7 +51,7 @@ def packet_layout(parts: int, numel: int, begin: int, distance: int) -> Layout:
     """That of one parameter's stored residual, over a flat one in which each of its parts, of ``numel`` elements,
     begins ``distance`` elements after the one before, the first at ``begin``."""
     segments = [(begin + part * distance, numel) for part in range(parts)]
-    return Layout.build(segments, _STORED.format, torch.float32)
+    return Layout.build(segments, STORED.format, torch.float32)
 
 
 class Arrangement:

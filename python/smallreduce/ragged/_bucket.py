@@ -13,6 +13,7 @@ from smallreduce.collectives import channel_of
 from smallreduce.collectives._compat import all_gather_single
 from smallreduce.fsdp._gather import borrow_engine
 from smallreduce.fsdp._leg import Progress
+from smallreduce.ragged._memory import Residuals
 from smallreduce.ragged._packing import Packing
 from smallreduce.ragged._placement import RaggedShard
 from smallreduce.ragged._plan import plan
@@ -96,6 +97,7 @@ class Bucket:
         gathered: What all ranks own, of the dtype in which the module computes; without memory unless it is used.
         is_unsharded: Whether the modules have the unsharded parameters.
         progress: How often its gradients were reduced.
+        residuals: What compression has taken from them.
     """
 
     def __init__(self, parameters: Sequence[Named], policy: Policy) -> None:
@@ -118,6 +120,7 @@ class Bucket:
             device = torch.device("meta")
         self._allocate(dtype, device)
         self.slots = [self._shard(index, one) for index, one in enumerate(parameters)]
+        self.residuals = Residuals(self)
         self.gathered = torch.empty(0)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:

@@ -18,9 +18,11 @@ from smallreduce.collectives import Channel, Count, channel_of
 from smallreduce.collectives._levels import Levels, node_size_of
 from smallreduce.fsdp._codecs import Spelling, parse_gradients, parse_unbiased, parse_weights
 from smallreduce.fsdp._leg import Leg
+from smallreduce.fsdp._memory import parse_feedback, warn_of_memory
 from smallreduce.fsdp._together import together
 from smallreduce.ragged._bucket import Bucket, Named
 from smallreduce.ragged._granularity import Granularity, block_of
+from smallreduce.ragged._memory import Whole, grain_of_feedback
 from smallreduce.ragged._module import RaggedModule, make_ragged
 from smallreduce.ragged._policy import Policy, Ranks
 from smallreduce.ragged._tensor import RaggedTensor
@@ -47,6 +49,8 @@ def fully_shard(
     ignored_params: set[nn.Parameter] | None = None,
     node_size: int | None = None,
     replicate_gradients: Spelling = None,
+    beta: float = 0.8,
+    reset_every: int = 1024,
     seed: int = 0,
 ) -> M:
     """Shards the parameters of a module over the ranks of a mesh, as torch's ``fully_shard`` does, but cuts no block of
@@ -72,10 +76,14 @@ def fully_shard(
             to the codes that it would have unsharded (and without codecs single elements); ``"rows"``, or a number of
             rows, of the last dimension (of a vector: of elements); ``"matrix"``: of the last two dimensions. Or a
             function of a parameter's name in the module and the parameter that gives one of these. Groups stay whole
-            with all of them.
-        gradients, weights, feedback, node_size, replicate_gradients, seed: As for :func:`smallreduce.fsdp.compress`;
-            None: torch's own collectives, with the bits of torch's ``fully_shard`` where these do not depend on who
-            owns what.
+            with all of them, and so, with ``feedback``, do the groups in which residuals are kept: 32 elements, or 128
+            with ``"int8"``.
+        gradients, weights, node_size, replicate_gradients, seed: As for :func:`smallreduce.fsdp.compress`; None:
+            torch's own collectives, with the bits of torch's ``fully_shard`` where these do not depend on who owns
+            what.
+        feedback, beta, reset_every: As for :func:`smallreduce.fsdp.compress`, but for each module, and in a reduction
+            without the gradients of all parameters too: those that have none go on owing what they owe. Save them with
+            :func:`smallreduce.ragged.state`.
         reshard_after_forward: Free the gathered parameters after the forward pass and gather them again before the
             backward pass; None: but for the root module.
         mp_policy: torch's ``MixedPrecisionPolicy``: ``param_dtype``, ``reduce_dtype``, ``output_dtype``,
@@ -101,10 +109,19 @@ def fully_shard(
     ]
 
     def check() -> tuple[list[Named], Policy]:
-        return _check(
+        named, policy = _check(
             module, ranks, granularity, gradients, weights, feedback, reshard_after_forward, mp_policy, ignored_params,
-            node_size, replicate_gradients, seed,
+            node_size, replicate_gradients, beta, reset_every, seed, setup,
         )  # fmt: skip
+        owing = [
+            Whole(one.name, one.parameter.shape)
+            for one in named
+            if one.parameter.requires_grad and policy.takes_feedback(one.parameter.dtype)
+        ]
+        if policy.feedback is not None and owing and ranks.row == 0:
+            # Before anything is agreed on: filters may make an error of it, which is then one on all ranks.
+            warn_of_memory(policy.feedback, owing, ranks.shard.size(), stacklevel=4)
+        return named, policy
 
     def lines(checked: tuple[list[Named], Policy], channel: Channel) -> Sequence[str]:
         named, _ = checked
@@ -123,7 +140,7 @@ def fully_shard(
             _sharded[one.parameter] = one.name
         buckets.append(Bucket(of_dtype, policy))
     _move_buffers(module, ranks.device)
-    Unit(module, buckets, policy.precision, reshard_after_forward)
+    Unit(module, buckets, policy, reshard_after_forward)
     make_ragged(module)
     return module
 
@@ -159,7 +176,10 @@ def _check(
     ignored_params: set[nn.Parameter] | None,
     node_size: int | None,
     replicate_gradients: Spelling,
+    beta: float,
+    reset_every: int,
     seed: int,
+    setup: Count,
 ) -> tuple[list[Named], Policy]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}: shard each by itself")
@@ -177,6 +197,7 @@ def _check(
         raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or None, got {type(precision).__name__}")
     as_int(seed, "seed")
     codecs = parse_gradients(gradients, feedback, node_size)
+    memory = parse_feedback(feedback, beta, reset_every)
     of_weights = parse_weights(weights)
     between = parse_unbiased(replicate_gradients, "replicate_gradients")
     if between is not None and ranks.replicas is None:
@@ -185,7 +206,7 @@ def _check(
     if isinstance(codecs, tuple):
         size = node_size_of(dist.get_process_group_ranks(ranks.shard), node_size)
     pair = codecs if isinstance(codecs, tuple) else (codecs,)
-    group = math.lcm(*(_group_of(codec) for codec in (*pair, of_weights)))
+    group = math.lcm(*(_group_of(codec) for codec in (*pair, of_weights)), grain_of_feedback(memory))
     ignored = set() if ignored_params is None else {id(parameter) for parameter in ignored_params}
     named = _parameters(module, ignored)
     for one in named:
@@ -194,8 +215,10 @@ def _check(
     # All replicas gather the same bits, but no two ranks round gradients alike.
     replica = 0 if ranks.replicas is None else ranks.replicas.rank()
     seeds = seed, seed ^ replica << 32, seed ^ ranks.shard.rank() << 32
-    legs = [Leg(codec, one) for codec, one in zip((of_weights, codecs, between), seeds, strict=True)]
-    return named, Policy(ranks, *legs, size, precision)
+    weights_leg, gradients_leg, between_leg = (
+        Leg(codec, one) for codec, one in zip((of_weights, codecs, between), seeds, strict=True)
+    )
+    return named, Policy(ranks, weights_leg, gradients_leg, between_leg, memory, size, precision, setup)
 
 
 def _group_of(codec: PacketCodec | None) -> int:
@@ -234,7 +257,9 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if parameter.dim() == 0:
         raise ValueError(f"{name} is a scalar: make it a tensor of one element")
     if not parameter.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {parameter.stride()} of shape {tuple(parameter.shape)}")
+        raise ValueError(
+            f"{name} must be contiguous, got strides {parameter.stride()} of shape {tuple(parameter.shape)}"
+        )
     if parameter.dtype.is_complex:
         raise ValueError(f"{name} is of {parameter.dtype}, which is not sharded")
 

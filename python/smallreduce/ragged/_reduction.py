@@ -11,6 +11,7 @@ from smallreduce.collectives._compat import reduce_scatter_single
 from smallreduce.collectives._levels import Levels
 from smallreduce.collectives._pool import Pool
 from smallreduce.fsdp._leg import borrow
+from smallreduce.fsdp._memory import Loan
 from smallreduce.ragged._bucket import Bucket
 from smallreduce.ragged._packing import Packing
 from smallreduce.ragged._tensor import RaggedTensor
@@ -48,6 +49,7 @@ class Reduction:
             self._buffer.div_(before)
         self._step = bucket.progress.step
         bucket.progress.step += 1
+        self._loan: Loan | None = None
         self._work = None if world == 1 else self._start(self._buffer, self._packing)
 
     def _start(self, buffer: Tensor, packing: Packing) -> dist.Work | Work:
@@ -66,8 +68,10 @@ class Reduction:
             lambda: reduce_scatter_for(segments, packing.part, codec, dtype, route),
         )
         leg.count(uncompressed, engine.bytes_sent)
+        self._loan = bucket.residuals.lend(self._members, self._step, self._pool, self)
+        worker = None if self._loan is None else self._loan.worker
         return engine.launch(
-            output, buffer, self._op, None, leg.seed, 3 * bucket.number + 1, self._step, after=give_back
+            output, buffer, self._op, worker, leg.seed, 3 * bucket.number + 1, self._step, after=give_back
         )
 
     def wait(self) -> None:
@@ -76,6 +80,9 @@ class Reduction:
             self._work.wait()
             self._pool.give(self._buffer)
             self._work = None
+            if self._loan is not None:
+                self._loan.give_back()
+                self._loan = None
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -101,9 +108,7 @@ class Reduction:
             if parameter.grad is not None:
                 parameter.grad.to_local().add_(local)  # type: ignore[operator]
             else:
-                parameter.grad = RaggedTensor(
-                    local, parameter.shape, slot.placement, bucket.policy.ranks.shard
-                )
+                parameter.grad = RaggedTensor(local, parameter.shape, slot.placement, bucket.policy.ranks.shard)
             for hook in list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()):
                 hook(parameter)
 
@@ -128,9 +133,7 @@ class Reduction:
             lambda: engine_for(segments, codec, dtype, channel),
         )
         leg.count(uncompressed, engine.bytes_sent)
-        engine.launch(
-            output, self._op, None, None, leg.seed, 3 * bucket.number + 2, step, after=give_back
-        ).wait()
+        engine.launch(output, self._op, None, None, leg.seed, 3 * bucket.number + 2, step, after=give_back).wait()
 
 
 def _factors(dtype: torch.dtype, ranks: int) -> tuple[float, float, dist.ReduceOp.RedOpType]:

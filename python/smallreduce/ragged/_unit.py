@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from smallreduce.ragged._bucket import Bucket
+from smallreduce.ragged._policy import Policy
 from smallreduce.ragged._schedule import Schedule
 
 __all__ = ["Unit", "unit_of"]
@@ -40,6 +40,7 @@ class Unit:
 
     Args:
         buckets: Of its parameters, one for each dtype.
+        policy: Of all of them.
         reshard_after_forward: None: True, but for the root.
 
     Attributes:
@@ -55,7 +56,7 @@ class Unit:
         self,
         module: nn.Module,
         buckets: Sequence[Bucket],
-        precision: MixedPrecisionPolicy,
+        policy: Policy,
         reshard_after_forward: bool | None,
     ) -> None:
         self.module = module
@@ -66,7 +67,8 @@ class Unit:
         self.reduces_unused = False
         self.ahead_in_forward: list[Unit] = []
         self.ahead_in_backward: list[Unit] = []
-        self._precision = precision
+        self.policy = policy
+        self._precision = policy.precision
         self._phase = _Phase.IDLE
         self._in_backward = False  # from the beginning of its backward pass to the end of that of the model
         self._schedule: Schedule | None = None
@@ -170,9 +172,7 @@ class Unit:
                         tensor.register_hook(self._before_backward)
         return _cast(output, self._precision.output_dtype)
 
-    def _watch_inputs(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _watch_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not torch.is_grad_enabled():
             return args, kwargs
         leaves, spec = tree_flatten((args, kwargs))
