@@ -27,6 +27,7 @@ def test_from_lengths_and_back(world: int) -> None:
             placement = RaggedShard.from_lengths(shape, lengths)
             ranges = placement.ranges(shape)
             assert [end - begin for begin, end in ranges] == list(lengths), (shape, lengths)
+            assert ranges == [placement.range(shape, rank) for rank in range(world)]
             assert ranges[0][0] == 0 and ranges[-1][1] == numel
             assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
             if numel:

@@ -334,6 +334,7 @@ def _foreach(rank: int, world: int) -> None:
                 for one, other, placement in zip(found, expected, placements, strict=True):
                     assert isinstance(one, RaggedTensor) and one.placement == placement
                     assert torch.equal(one.to_local().nan_to_num(), other.nan_to_num()), (name, suffix, form)
+    dist.barrier()  # nothing was sent: neither rank may leave while the other still connects
 
 
 def test_foreach() -> None:

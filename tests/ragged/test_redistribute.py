@@ -184,6 +184,7 @@ def test_a_tensor_from_one_rank_stays_where_it_arrived() -> None:
 def _in_flight(rank: int, world: int) -> None:
     """Several at a time, waited for in another order; in a group that is not the default one."""
     group = dist.new_group(list(range(1, world)))
+    dist.barrier()
     if rank == 0:
         return
     rng = random.Random(5)
@@ -235,6 +236,7 @@ def _refused(rank: int, world: int) -> None:
         redistribute_many([local, local.to("meta")], shapes, two, [odd, odd])
     with pytest.raises(TypeError, match="targets must be RaggedShards, got Replicate"):
         redistribute_many([local, local], shapes, two, [odd, Replicate()])  # type: ignore[list-item]
+    dist.barrier()  # nothing was sent: neither rank may leave while the other still connects
 
 
 def test_bad_arguments() -> None:

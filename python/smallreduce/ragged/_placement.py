@@ -85,24 +85,33 @@ class RaggedShard:
         Raises:
             ValueError: The elements cannot be shared out so, or a block would be cut.
         """
-        shape = check_shape(shape)
+        unit = self._unit(check_shape(shape))
+        ends = [unit * units for units in accumulate(self.local_units)]
+        return list(zip([0, *ends], ends, strict=False))
+
+    def range(self, shape: Sequence[int], rank: int) -> tuple[int, int]:
+        """That of one rank."""
+        begin = sum(self.local_units[:rank])
+        unit = self._unit(check_shape(shape))
+        return unit * begin, unit * (begin + self.local_units[rank])
+
+    def _unit(self, shape: tuple[int, ...]) -> int:
+        """Elements of one of ``local_units``."""
         if len(self.dims) > len(shape):
             raise ValueError(f"{self} cuts {len(self.dims)} dimensions, but a tensor of shape {shape} has {len(shape)}")
         numel, total = math.prod(shape), sum(self.local_units)
-        if numel == 0:
-            return [(0, 0)] * self.world_size
         if numel % total:
             raise ValueError(f"the {numel} elements of shape {shape} do not divide into the {total} units of {self}")
-        lengths = [units * (numel // total) for units in self.local_units]
+        unit = numel // total
         block = math.prod(shape[len(self.dims) :])
-        for rank, length in enumerate(lengths):
-            if length % block:
-                raise ValueError(
-                    f"{self} gives rank {rank} {length} elements of shape {shape}, which cuts a block of {block} (the "
-                    f"dimensions after the first {len(self.dims)}); cut more dimensions or choose other units"
-                )
-        ends = list(accumulate(lengths))
-        return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        if numel and unit * math.gcd(*self.local_units) % block:
+            rank = next(rank for rank, units in enumerate(self.local_units) if unit * units % block)
+            raise ValueError(
+                f"{self} gives rank {rank} {unit * self.local_units[rank]} elements of shape {shape}, which cuts a "
+                f"block of {block} (the dimensions after the first {len(self.dims)}); cut more dimensions or choose "
+                "other units"
+            )
+        return unit
 
 
 def check_shape(shape: Sequence[int] | Any) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ class Sharding:
     One object for all tensors that are alike, as a parameter and its optimizer's state are: copied by reference.
 
     Attributes:
-        ranges: ``(begin, end)`` of each rank's elements in the flattened tensor.
         rank: This rank, in the group.
+        range: ``(begin, end)`` of its elements in the flattened tensor.
 
     Raises:
         TypeError, ValueError: As :class:`RaggedTensor`.
@@ -30,8 +30,8 @@ class Sharding:
     shape: tuple[int, ...]
     placement: RaggedShard
     group: dist.ProcessGroup
-    ranges: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     rank: int = field(init=False, repr=False, compare=False)
+    range: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.placement, RaggedShard):
@@ -40,13 +40,8 @@ class Sharding:
         if self.placement.world_size != world:
             raise ValueError(f"{self.placement} is for {self.placement.world_size} ranks, but the group has {world}")
         object.__setattr__(self, "shape", check_shape(self.shape))
-        object.__setattr__(self, "ranges", tuple(self.placement.ranges(self.shape)))
         object.__setattr__(self, "rank", self.group.rank())
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """That of this rank."""
-        return self.ranges[self.rank]
+        object.__setattr__(self, "range", self.placement.range(self.shape, self.rank))
 
     @property
     def numel(self) -> int:
