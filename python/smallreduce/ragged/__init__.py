@@ -5,6 +5,7 @@ from smallreduce.ragged._granularity import Granularity
 from smallreduce.ragged._module import RaggedModule
 from smallreduce.ragged._placement import RaggedShard
 from smallreduce.ragged._plan import Plan, plan
+from smallreduce.ragged._state import state
 from smallreduce.ragged._tensor import RaggedTensor
 
-__all__ = ["Granularity", "Plan", "RaggedModule", "RaggedShard", "RaggedTensor", "fully_shard", "plan"]
+__all__ = ["Granularity", "Plan", "RaggedModule", "RaggedShard", "RaggedTensor", "fully_shard", "plan", "state"]

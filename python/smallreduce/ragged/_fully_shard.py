@@ -20,6 +20,7 @@ from smallreduce.fsdp._codecs import Spelling, parse_gradients, parse_unbiased, 
 from smallreduce.fsdp._leg import Leg
 from smallreduce.fsdp._memory import parse_feedback, warn_of_memory
 from smallreduce.fsdp._together import together
+from smallreduce.fsdp._torch_groups import plain_name
 from smallreduce.ragged._bucket import Bucket, Named
 from smallreduce.ragged._granularity import Granularity, block_of
 from smallreduce.ragged._memory import Whole, grain_of_feedback
@@ -241,7 +242,7 @@ def _parameters(module: nn.Module, ignored: set[int]) -> list[Named]:
             if parameter is None or id(parameter) in ignored:
                 continue
             if id(parameter) not in found:
-                found[id(parameter)] = Named(f"{prefix}{name}", parameter, [], 1)
+                found[id(parameter)] = Named(plain_name(f"{prefix}{name}"), parameter, [], 1)
             if (owner, name) not in found[id(parameter)].places:
                 found[id(parameter)].places.append((owner, name))
     return list(found.values())
