@@ -105,7 +105,7 @@ def _replays(rank: int, world: int, codecs: dict[str, Any]) -> None:
         model = ragged(granularity="rows", **codecs)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses.append([])
-        for step in range(12):
+        for _ in range(12):
             optimizer.zero_grad()
             loss = loss_of(model, 0, 0)  # the same on all ranks
             loss.backward()

@@ -1,4 +1,4 @@
-"""Checkpoints of whole training runs: from any number of ragged ranks to any other, to FSDP2, to one process, and back."""
+"""Checkpoints of training: from any number of ragged ranks to any other, to FSDP2, to one process, and back."""
 
 from __future__ import annotations
 

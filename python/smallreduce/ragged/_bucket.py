@@ -1,10 +1,10 @@
-"""The parameters that are gathered and reduced together: one flat shard, one flat gathered buffer, and views of them."""
+"""The parameters that are gathered and reduced together: a flat shard, a flat gathered buffer, and views of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +58,21 @@ class Slot:
     placement: RaggedShard
     begin: int
     length: int
-    sharded: nn.Parameter
+    sharded: RaggedTensor
     unsharded: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.empty(0), requires_grad=False))
     accumulated: Tensor | None = None
 
     @property
     def local(self) -> Tensor:
         """This rank's elements, 1-D."""
-        tensor: Tensor = self.sharded.to_local()  # type: ignore[operator]
-        return tensor
+        return self.sharded.to_local()
 
-    def put(self, parameter: nn.Parameter) -> None:
-        """Gives it to the modules."""
+    def put(self, parameter: Tensor) -> None:
+        """Gives it, which is a parameter, to the modules."""
         for module, name in self.places:
             # Past nn.Module.__setattr__, whose checks take long, unless the module has one of its own.
             if type(module).__setattr__ is nn.Module.__setattr__:
-                module._parameters[name] = parameter
+                module._parameters[name] = cast(nn.Parameter, parameter)
             else:
                 setattr(module, name, parameter)
 
@@ -136,9 +135,8 @@ class Bucket:
         local = self.shard[begin : begin + length]
         if not local.is_meta:
             local.copy_(whole.reshape(-1)[first : first + length])
-        sharded = nn.Parameter(
-            RaggedTensor(local, whole.shape, placement, group), requires_grad=one.parameter.requires_grad
-        )
+        ragged = RaggedTensor(local, whole.shape, placement, group)
+        sharded = cast(RaggedTensor, nn.Parameter(ragged, requires_grad=one.parameter.requires_grad))
         slot = Slot(index, one.name, one.places, placement, begin, length, sharded)
         slot.put(sharded)
         return slot
@@ -166,14 +164,14 @@ class Bucket:
             return
         if all(self._is_own(slot) for slot in self.slots):
             return
-        found = []
+        found: list[RaggedTensor] = []
         for slot in self.slots:
             module, name = slot.places[0]
             parameter = module._parameters[name]
             if not isinstance(parameter, RaggedTensor) or parameter.placement != slot.placement:
                 raise RuntimeError(
-                    f"{slot.name} was replaced by a {type(parameter).__name__} that is not sharded as it was: load into "
-                    "the parameters (copy_, or a state_dict of RaggedTensors), and change modules before fully_shard"
+                    f"{slot.name} was replaced by a {type(parameter).__name__} that is not sharded as it was: load "
+                    "into the parameters (copy_, or a state_dict of RaggedTensors); change modules before fully_shard"
                 )
             found.append(parameter)
         meta = [slot.name for slot, one in zip(self.slots, found, strict=True) if one.to_local().is_meta]
@@ -188,17 +186,17 @@ class Bucket:
         ((dtype, device),) = kinds
         locals_ = [one.to_local() for one in found]
         self._allocate(dtype, device)
-        for slot, parameter, local in zip(self.slots, found, locals_, strict=True):
+        for slot, taken, local in zip(self.slots, found, locals_, strict=True):
             own = self.shard[slot.begin : slot.begin + slot.length]
             own.copy_(local)
-            parameter.data = RaggedTensor(own, parameter.shape, slot.placement, self.policy.ranks.shard)
-            assert isinstance(parameter, nn.Parameter)
-            slot.sharded = parameter
-            slot.put(parameter)
+            taken.data = RaggedTensor(own, taken.shape, slot.placement, self.policy.ranks.shard)
+            slot.sharded = taken
+            slot.put(taken)
         self.gathered = torch.empty(0)
 
     def _is_own(self, slot: Slot) -> bool:
-        if any(module._parameters[name] is not slot.sharded for module, name in slot.places):
+        sharded: Tensor = slot.sharded
+        if any(module._parameters[name] is not sharded for module, name in slot.places):
             return False
         local = slot.local
         return (

@@ -11,8 +11,8 @@ from torch import nn
 __all__ = ["Granularity", "block_of"]
 
 Granularity = str | int | Callable[[str, nn.Parameter], str | int]
-"""``"group"``, ``"rows"`` (the same as 1), a number of rows, ``"matrix"``; or what gives one of these for a parameter by
-its name in the module and the parameter."""
+"""``"group"``, ``"rows"`` (the same as 1), a number of rows, ``"matrix"``; or a function that gives one of these for a
+parameter's name in the module and the parameter."""
 
 _SPELLINGS = 'must be "group", "rows", a number of rows, "matrix", or a function (name, parameter) -> one of these'
 

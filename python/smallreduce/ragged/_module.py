@@ -112,7 +112,7 @@ def make_ragged(module: nn.Module) -> None:
 
 
 def _unit(module: object) -> Unit:
-    unit = unit_of(cast(nn.Module, module)) if isinstance(module, nn.Module) else None
+    unit = unit_of(module) if isinstance(module, nn.Module) else None
     if unit is None:
         raise TypeError(f"{type(module).__name__} is no module that smallreduce.ragged.fully_shard was applied to")
     return unit

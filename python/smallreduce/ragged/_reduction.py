@@ -105,8 +105,8 @@ class Reduction:
             slot = bucket.slots[member]
             local = self._packing.local(member, rank, output)
             parameter = slot.sharded
-            if parameter.grad is not None:
-                parameter.grad.to_local().add_(local)  # type: ignore[operator]
+            if isinstance(parameter.grad, RaggedTensor):
+                parameter.grad.to_local().add_(local)
             else:
                 parameter.grad = RaggedTensor(local, parameter.shape, slot.placement, bucket.policy.ranks.shard)
             for hook in list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()):

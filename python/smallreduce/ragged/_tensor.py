@@ -37,7 +37,8 @@ class RaggedTensor(Tensor):
       same bits on all (:mod:`smallreduce.ragged._global_reduce`). So ``torch.nn.utils.clip_grad_norm_`` and
       ``torch.amp.GradScaler`` work as they are.
     - ``torch.distributed.checkpoint`` saves and loads it as one tensor of its global shape, whatever held it when it
-      was saved: other ranges, other ranks, a DTensor or one process.
+      was saved: other ranges, other ranks, a DTensor or one process. State dicts of ``StateDictOptions(full_state_dict=True)``,
+      which torch makes of DTensors only, leave it as it is.
     - Anything else raises and says so; :meth:`full_tensor` is the plain tensor, on all ranks.
 
     Args:
@@ -195,6 +196,18 @@ class RaggedTensor(Tensor):
             f"RaggedTensor(shape={tuple(self.shape)}, {self.dtype}, {self.device}, elements {begin} to {end} on rank "
             f"{self._sharding.rank} of {self.placement.world_size}{grad})"
         )
+
+    # By these torch knows a tensor made of others: nn.Module.to, to_empty and their like then change a parameter in its
+    # place, so that an optimizer that was made before has it still.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Sharding]:
+        return ["_local"], self._sharding
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], sharding: Sharding, outer_size: object, outer_stride: object
+    ) -> RaggedTensor:
+        return RaggedTensor._wrap(inner["_local"], sharding)
 
     # The names are those by which torch.distributed.checkpoint asks any tensor subclass for its parts.
 

@@ -7,8 +7,8 @@ for the beginning of its backward pass, and an autograd function on its inputs f
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ from smallreduce.ragged._schedule import Schedule
 __all__ = ["Unit", "unit_of"]
 
 _ATTRIBUTE = "_smallreduce_unit"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """What torch.compile leaves out of its graphs."""
+    return torch._dynamo.disable(function)  # type: ignore[no-any-return]
 
 
 class _Phase(enum.Enum):
@@ -136,7 +143,7 @@ class Unit:
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    @torch._dynamo.disable  # type: ignore[misc]
+    @_eager
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -158,7 +165,7 @@ class Unit:
                 unit.unshard()
         return self._watch_inputs(args, kwargs)
 
-    @torch._dynamo.disable  # type: ignore[misc]
+    @_eager
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self._in_backward:
             self._phase = _Phase.IDLE
@@ -178,14 +185,15 @@ class Unit:
         leaves, spec = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if at:
-            for i, watched in zip(at, _AfterBackward.apply(self, *(leaves[i] for i in at)), strict=True):
+            watched_inputs = _AfterBackward.apply(self, *(leaves[i] for i in at))  # type: ignore[no-untyped-call]
+            for i, watched in zip(at, watched_inputs, strict=True):
                 leaves[i] = watched
         watched_args, watched_kwargs = tree_unflatten(leaves, spec)
         return watched_args, watched_kwargs
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    @torch._dynamo.disable  # type: ignore[misc]
+    @_eager
     def _before_backward(self, gradient: Tensor) -> Tensor:
         schedule = self.schedule
         self._in_backward = True
@@ -199,7 +207,7 @@ class Unit:
                 unit.unshard()
         return gradient
 
-    @torch._dynamo.disable  # type: ignore[misc]
+    @_eager
     @torch.no_grad()
     def after_backward(self) -> None:
         """All gradients of the module's parameters are there, or as many as there will be."""
