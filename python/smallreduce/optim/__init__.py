@@ -1,5 +1,6 @@
 """Optimizers whose mathematics need compression."""
 
+from smallreduce.optim._block_adam import BlockAdam8bit
 from smallreduce.optim._cser import CSER
 from smallreduce.optim._cser_stats import CSERStats
 from smallreduce.optim._dgc import DGC
@@ -10,6 +11,7 @@ from smallreduce.optim._sdp4bit import SDP4Bit
 from smallreduce.optim._sdp4bit_stats import SDP4BitMemory, SDP4BitStats
 
 __all__ = [
+    "BlockAdam8bit",
     "CSER",
     "CSERStats",
     "DGC",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from smallreduce.optim._muon_exchange import orthogonalize_sharded
 from smallreduce.optim._muon_matrix import ADJUSTMENTS, Matrix
 from smallreduce.optim._muon_owners import Owners, choose_owners
 from smallreduce.optim._muon_stats import MuonStats
+from smallreduce.optim._param_groups import Place, check_lr, check_number, places
 from smallreduce.ragged import RaggedTensor
 
 __all__ = ["Muon"]
@@ -89,7 +89,7 @@ class Muon(Optimizer):
         *,
         batch_cap_mb: float = 25.0,
     ) -> None:
-        _check_number("batch_cap_mb", batch_cap_mb)
+        check_number("batch_cap_mb", batch_cap_mb)
         if batch_cap_mb == 0:
             raise ValueError("batch_cap_mb must be above 0, got 0")
         self._batch_cap_nbytes = int(batch_cap_mb * _MIB)
@@ -115,7 +115,7 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_options(self.param_groups[-1])
-            for label, parameter, group in self._places():
+            for label, parameter, group in places(self.param_groups):
                 if group is self.param_groups[-1]:
                     _check_parameter(label, parameter)
         except Exception:
@@ -146,11 +146,11 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         sent_before = self._count.bytes_sent
-        places = list(self._places())
-        by_process_group = _by_process_group(places)
+        every = list(places(self.param_groups))
+        by_process_group = _by_process_group(every)
         for process_group, sharded in by_process_group.items():
             self._check_agreement(process_group, sharded)
-        matrices = {id(place.parameter): self._matrix(place) for place in places if place.parameter.grad is not None}
+        matrices = {id(place.parameter): self._matrix(place) for place in every if place.parameter.grad is not None}
         chosen = []
         for process_group, sharded in by_process_group.items():
             of_group = [matrices[id(place.parameter)] for place in sharded if id(place.parameter) in matrices]
@@ -172,15 +172,7 @@ class Muon(Optimizer):
         )
         return loss
 
-    def _places(self) -> Iterator[_Place]:
-        number = 0
-        for group in self.param_groups:
-            for at, parameter in enumerate(group["params"]):
-                name = group["param_names"][at] if "param_names" in group else f"parameter {number}"
-                yield _Place(name, parameter, group)
-                number += 1
-
-    def _check_agreement(self, process_group: dist.ProcessGroup, sharded: Sequence[_Place]) -> None:
+    def _check_agreement(self, process_group: dist.ProcessGroup, sharded: Sequence[Place]) -> None:
         device = sharded[0].parameter.device
         if process_group.size() == 1 or (self._stats.steps > 0 and device.type != "cpu"):
             return
@@ -188,9 +180,11 @@ class Muon(Optimizer):
             f"group {number}: {', '.join(f'{name}={group[name]}' for name in self.defaults)}"
             for number, group in enumerate(self.param_groups)
         ]
-        check_agreement(channel_of(process_group, device), options + [str(place) for place in sharded], self._count)
+        check_agreement(
+            channel_of(process_group, device), options + [_describe(place) for place in sharded], self._count
+        )
 
-    def _matrix(self, place: _Place) -> Matrix:
+    def _matrix(self, place: Place) -> Matrix:
         parameter, gradient = place.parameter, place.parameter.grad
         assert gradient is not None
         state = self.state[parameter]
@@ -210,24 +204,17 @@ class Muon(Optimizer):
         return self._stats
 
 
-class _Place(NamedTuple):
-    """A parameter, and the group that it is in."""
-
-    label: str
-    parameter: Tensor
-    group: dict[str, Any]
-
-    def __str__(self) -> str:
-        parameter = self.parameter
-        sharding = f", {parameter.placement}" if isinstance(parameter, RaggedTensor) else ""
-        has = "no gradient" if parameter.grad is None else "a gradient"
-        return f"{self.label}: {has}, shape {tuple(parameter.shape)}{sharding}"
+def _describe(place: Place) -> str:
+    parameter = place.parameter
+    has = "no gradient" if parameter.grad is None else "a gradient"
+    sharding = f", {parameter.placement}" if isinstance(parameter, RaggedTensor) else ""
+    return f"{place.label}: {has}, shape {tuple(parameter.shape)}{sharding}"
 
 
-def _by_process_group(places: Sequence[_Place]) -> dict[dist.ProcessGroup, list[_Place]]:
+def _by_process_group(every: Sequence[Place]) -> dict[dist.ProcessGroup, list[Place]]:
     """Those that are sharded."""
-    found: dict[dist.ProcessGroup, list[_Place]] = {}
-    for place in places:
+    found: dict[dist.ProcessGroup, list[Place]] = {}
+    for place in every:
         if isinstance(place.parameter, RaggedTensor):
             found.setdefault(place.parameter.group, []).append(place)
     return found
@@ -243,24 +230,12 @@ def _check_parameter(label: str, parameter: Tensor) -> None:
         raise TypeError(f"Muon takes parameters of floating-point numbers, but {label} is of {parameter.dtype}")
 
 
-def _check_number(name: str, value: object, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= most and math.isfinite(value)):
-        raise ValueError(
-            f"{name} must be finite and at least 0{f', at most {most:g}' if most < math.inf else ''}, got {value}"
-        )
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     """Of a parameter group."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    _check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
-    _check_number("momentum", options["momentum"], 1)
-    _check_number("weight_decay", options["weight_decay"])
-    _check_number("eps", options["eps"])
+    check_lr(options["lr"])
+    check_number("momentum", options["momentum"], 1)
+    check_number("weight_decay", options["weight_decay"])
+    check_number("eps", options["eps"])
     if not isinstance(options["nesterov"], bool):
         raise TypeError(f"nesterov must be a bool, got {type(options['nesterov']).__name__}")
     coefficients = options["ns_coefficients"]
