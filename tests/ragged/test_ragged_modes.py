@@ -76,6 +76,35 @@ def test_meta_device(world: int) -> None:
     run(_meta, world)
 
 
+def _initialises(rank: int, world: int) -> None:
+    """After ``to_empty`` torch's own initialisation draws what it would on one process."""
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Embedding(10, 8), nn.Conv1d(3, 5, 2))
+
+    def initialise(model: nn.Sequential) -> None:
+        torch.manual_seed(3)
+        for layer in model:
+            layer.reset_parameters()  # type: ignore[operator]
+        nn.init.xavier_uniform_(model[0].weight)
+        nn.init.normal_(model[3].weight, std=0.02)
+
+    with torch.device("meta"):
+        model = make()
+    sr.ragged.fully_shard(model, granularity="rows")
+    model.to_empty(device="cpu")
+    initialise(model)
+    expected = make()
+    initialise(expected)
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(full(found), wanted), name
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_initialisation_after_the_meta_device(world: int) -> None:
+    run(_initialises, world)
+
+
 def _norm(rank: int, world: int) -> None:
     model = ragged(granularity="rows")
     loss_of(model, rank, 0).backward()

@@ -241,6 +241,18 @@ def _new_empty(kind: Kind, func: Any, tensor: RaggedTensor, size: Any, **kwargs:
     return kind._wrap(func(tensor._local, tensor._local.shape, **kwargs), tensor._sharding)
 
 
+def _draw(kind: Kind, func: Any, tensor: RaggedTensor, *args: Any, **kwargs: Any) -> RaggedTensor:
+    """Random numbers in place: of those that the whole tensor would have had, this rank's, so that an initialisation is
+    the same on any number of ranks whose generators are in the same state. It takes the memory of the whole meanwhile.
+    """
+    local, sharding = tensor._local, tensor._sharding
+    if not local.is_meta:
+        whole = torch.empty(sharding.shape, dtype=local.dtype, device=local.device)
+        begin, end = sharding.range
+        local.copy_(func(whole, *args, **kwargs).view(-1)[begin:end])
+    return tensor
+
+
 _SPECIAL: dict[Any, Rule] = {
     aten._amp_foreach_non_finite_check_and_unscale_: _global_reduce.unscale_,
     aten._foreach_norm: _global_reduce.norms,
@@ -255,4 +267,5 @@ _SPECIAL: dict[Any, Rule] = {
     aten.new_empty: _new_empty,
     aten.sum: _global_reduce.total,
     aten.view: _view,
+    **dict.fromkeys((aten.exponential_, aten.normal_, aten.random_, aten.uniform_), _draw),
 }
