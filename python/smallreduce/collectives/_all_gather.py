@@ -78,7 +78,8 @@ class AllGather(Engine):
         """Starts it; see :meth:`BucketEngine.launch`.
 
         Args:
-            input: This rank's part; may be its part of ``output``.
+            input: This rank's part; may be its part of ``output``. Or fp32, where ``output`` is not: what travels is
+                then what it would be after a cast.
             base: This rank's part of ``output`` as it stands, the same on all ranks. ``input``, fp32, is then what it
                 shall become: the difference is what travels, and all of ``output`` has the decoded differences added to
                 it, this rank's part too (SDP4Bit, arXiv:2410.15526, Algorithm 2).
@@ -93,10 +94,12 @@ class AllGather(Engine):
 
     def encode(self, chunk: int) -> None:
         layout, mine = self._shards[chunk], self._mine[chunk]
-        if self._base is None:
-            ops.encode(self._input, layout, mine, None, self._seed, self._at_step)
-        else:
+        if self._base is not None:
             ops.encode_difference(self._input, self._base, layout, mine, self._seed, self._at_step)
+        elif self._input.dtype != self._output.dtype:
+            ops.encode_rounded(self._input, layout, mine, self._seed, self._at_step)
+        else:
+            ops.encode(self._input, layout, mine, None, self._seed, self._at_step)
 
     def send(self, chunk: int, tag: int) -> Exchange:
         return self.channel.links.all_gather(self._sent[chunk], self._mine[chunk], tag)

@@ -249,17 +249,17 @@ class Bucket:
         leg, uncompressed = policy.weights, (group.size() - 1) * own.nbytes
         if leg.is_exact(own.dtype):
             leg.count(uncompressed)
-            given = self.shard
-            if own.dtype != given.dtype:
-                given = own.copy_(given)
+            given = self.shard if own.dtype == self.shard.dtype else own.copy_(self.shard)
             return all_gather_single(self.gathered, given, group)
-        own.copy_(self.shard)
+        given = self.shard
+        if given.dtype not in (own.dtype, torch.float32):  # from which the encoder rounds by itself
+            given = own.copy_(given)
         engine, give_back = borrow_engine(
             leg, self.packing(range(len(self.slots))).segments, size, own.dtype, channel_of(group, own.device),
             policy.node_size,
         )  # fmt: skip
         leg.count(uncompressed, engine.bytes_sent)
-        return engine.launch(self.gathered, own, leg.seed, 3 * self.number, self._forward_step, after=give_back)
+        return engine.launch(self.gathered, given, leg.seed, 3 * self.number, self._forward_step, after=give_back)
 
     def wait(self) -> None:
         """Waits until all is gathered, and gives the modules the unsharded parameters."""
