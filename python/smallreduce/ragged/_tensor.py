@@ -37,8 +37,8 @@ class RaggedTensor(Tensor):
       same bits on all (:mod:`smallreduce.ragged._global_reduce`). So ``torch.nn.utils.clip_grad_norm_`` and
       ``torch.amp.GradScaler`` work as they are.
     - ``torch.distributed.checkpoint`` saves and loads it as one tensor of its global shape, whatever held it when it
-      was saved: other ranges, other ranks, a DTensor or one process. ``StateDictOptions(full_state_dict=True)``, by which
-      torch gathers DTensors only, leaves it as it is.
+      was saved: other ranges, other ranks, a DTensor or one process. ``StateDictOptions(full_state_dict=True)``, with
+      which torch gathers DTensors only, leaves it as it is.
     - Anything else raises and says so; :meth:`full_tensor` is the plain tensor, on all ranks.
 
     Args:
