@@ -58,27 +58,28 @@ def state(model: nn.Module) -> State:
             f"nothing in {type(model).__name__} is sharded by smallreduce.ragged.fully_shard; for torch's fully_shard "
             "the state is what smallreduce.fsdp.compress returns"
         )
-    policies = [unit.policy for unit in units.values()]
     _check_ranks(units)
+    policies = [unit.policy for unit in units.values()]
+    schedules = {name: unit.schedule for name, unit in units.items()}  # of the outermost first, which makes it for all
     buckets = {
-        f"{name}:{index}" if index else name: (name, unit, bucket)
+        f"{name}:{index}" if index else name: (name, bucket)
         for name, unit in units.items()
         for index, bucket in enumerate(unit.buckets)
     }
 
     def channels() -> Mapping[Channel, Sequence[str]]:
         found: dict[Channel, list[str]] = {}
-        for unit in units.values():
+        for name, unit in units.items():
             for group in _groups(unit.policy):
-                names = found.setdefault(channel_of(group, unit.policy.ranks.device), [])
-                names += [key for key, (_, other, _) in buckets.items() if other is unit]
+                keys = found.setdefault(channel_of(group, unit.policy.ranks.device), [])
+                keys += [key for key, (owner, _) in buckets.items() if owner == name]
         return found
 
     return State(
         _place(policies),
         [_part(policy) for policy in policies],
-        {key: _Steps(bucket, unit.schedule) for key, (_, unit, bucket) in buckets.items()},
-        [(f"{name}." if name else "", _Reducer(name, bucket)) for name, _, bucket in buckets.values()],
+        {key: _Steps(bucket, schedules[name]) for key, (name, bucket) in buckets.items()},
+        [(f"{name}." if name else "", _Reducer(name, bucket)) for name, bucket in buckets.values()],
         [],
         channels,
     )
