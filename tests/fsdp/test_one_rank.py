@@ -1,4 +1,4 @@
-"""One rank alone, on the CPU and on a GPU: the engines over a group of one, FSDP2, and SDP4Bit.
+"""One rank alone, on the CPU and on a GPU: the engines over a group of one, FSDP2, ragged sharding, and SDP4Bit.
 
 On NCCL this is as far as one GPU goes: every stage of a collective runs, on its stream, but nothing crosses a wire.
 """
@@ -52,6 +52,12 @@ def _engines(rank: int, world: int, name: str) -> None:
             all_gather_for(SEGMENTS, NUMEL, codec, dtype, channel).launch(found, given.to(device), 5, 2).wait()
             assert torch.equal(found.cpu(), expected)
 
+            # An fp32 shard, rounded by the encoder.
+            ops.encode(x.to(dtype), layout, packet, seed=stage_seed(5, 2, 0, 0))
+            gather = all_gather_for(SEGMENTS, NUMEL, codec, dtype, channel)
+            gather.launch(found, x.to(device), 5, 2).wait()
+            assert torch.equal(found.cpu(), expected)
+
             ops.encode_difference(x.flip(0), expected, layout, packet, seed=stage_seed(6, 2, 0, 0))
             gather = all_gather_for(SEGMENTS, NUMEL, codec, dtype, channel)
             gather.launch(found, x.flip(0).to(device), 6, 2, base=found).wait()
@@ -86,13 +92,14 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer, device: str) ->
         optimizer.zero_grad()
     if isinstance(optimizer, sr.optim.SDP4Bit):
         optimizer.synchronize()
-    return [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in model.parameters())]
+    whole = (DTensor, sr.ragged.RaggedTensor)
+    return [p.full_tensor() if isinstance(p, whole) else p for p in (p.detach() for p in model.parameters())]
 
 
 def _models(rank: int, world: int, device: str) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(33, 70), nn.Tanh(), nn.Linear(70, 5)).to(device)
-    stock, compressed, other = (copy.deepcopy(plain) for _ in range(3))
+    stock, compressed, ragged, other = (copy.deepcopy(plain) for _ in range(4))
     mesh = init_device_mesh(device, (1,))
     for model in (stock, compressed):
         fully_shard(model[0], mesh=mesh)
@@ -103,6 +110,10 @@ def _models(rank: int, world: int, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert "nothing is compressed" in str(state.stats())
     assert state.stats().bytes_sent == 0
+    for module in (ragged[0], ragged):
+        sr.ragged.fully_shard(module, mesh=mesh, granularity="rows", gradients="int4-hadamard", weights="int8")
+    found = _trained(ragged, torch.optim.AdamW(ragged.parameters(), lr=1e-2), device)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # Elementwise, so it does not matter that SDP4Bit gives its optimizer flat slices.
     expected = _trained(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2), device)
     found = _trained(other, sr.optim.SDP4Bit(other, torch.optim.AdamW, lr=1e-2), device)
@@ -110,5 +121,5 @@ def _models(rank: int, world: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ON)
-def test_fsdp2_and_sdp4bit_on_one_rank(device: str) -> None:
+def test_sharded_training_on_one_rank(device: str) -> None:
     _run_on(device, _models)
