@@ -37,12 +37,12 @@ from torch import Tensor
 import smallreduce as sr
 from comparison import backward_seconds, model_of, update_seconds
 from measurement import save, table
-from sharded import FSDP2S, KEEP, METHODS, SDP4BITS, prepare
+from sharded import FSDP2S, KEEP, METHODS, RAGGEDS, SDP4BITS, prepare
 from train_gpt import batches, load_corpus  # comparison.py has put its folder on the path
 
 DEFAULT_METHODS = (
     "ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "fsdp2-int4", "fsdp2-two-level", "fsdp2-packets",
-    "fsdp2-differences", "fsdp2-int4-loco", "sdp4bit-exact", "sdp4bit",
+    "fsdp2-differences", "fsdp2-int4-loco", "ragged", "ragged-int4", "ragged-adam8bit", "sdp4bit-exact", "sdp4bit",
 )  # fmt: skip
 LOCO_BITS = sr.IntQuant(8).bits_per_element  # of an element's residual with feedback="int8"
 # Tensors of a page and more are mapped one by one, and what the heap has left over goes back.
@@ -101,6 +101,10 @@ def lasting(method: str, parameters: int, world_size: int, nodes: int = 1) -> La
             sent = packets_nbytes(sdp4bit.gradients[nodes == world_size], parameters)
             kept += 2 * sent if nodes in (1, world_size) else sent * (2 * world_size + nodes - 1) // world_size
         return Lasting(whole + master, whole if sdp4bit.gradients is None else part, 2 * part, 0, kept)
+    if method.removesuffix(KEEP) in RAGGEDS:
+        ragged = RAGGEDS[method.removesuffix(KEEP)]
+        moments = 2 * part if ragged.optimizer is torch.optim.AdamW else 2 * (part // 4) + 8 * part // 4096
+        return Lasting(part, part, moments, 0 if ragged.feedback is None else int(LOCO_BITS / 8 * parameters))
     told = FSDP2S[method.removesuffix(KEEP)]
     residuals = {None: 0, "int8": LOCO_BITS / 8, "full": 4}[told.feedback]
     kept = packets_nbytes("int8", parameters) if told.keep_packets else 0

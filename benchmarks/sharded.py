@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 benchmarks/sharded.py --node-size 2 --methods ddp sdp4bit --steps 2000 --seeds 0 1 2
 
 Model, corpus, schedule and figures are those of ``training.py``, whose program this is but for the methods, all of
-them with AdamW:
+them but one with AdamW:
 
 ddp                     DistributedDataParallel
 ddp-int4                the same with ``sr.ddp.register(model, "int4")``
@@ -19,6 +19,7 @@ fsdp2-int4-loco         as fsdp2-int4, with the error feedback of LoCo, whose re
 ragged                  ``sr.ragged.fully_shard`` of every block and of the whole, without codecs
 ragged-int4             gradients in int4-hadamard, weights in int8
 ragged-two-level        gradients and weights as with fsdp2-two-level
+ragged-adam8bit         without codecs, with ``sr.optim.BlockAdam8bit``
 sdp4bit                 ``sr.optim.SDP4Bit``: two-level gradients, 4-bit differences of weights
 sdp4bit-exact           without compression; and with one part of it alone:
 sdp4bit-weights         4-bit weights, not differences
@@ -95,6 +96,8 @@ class Ragged:
     gradients: Gradients = None
     weights: str | None = None
     feedback: str | None = None
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+    granularity: sr.ragged.Granularity = "group"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ RAGGEDS = {
     "ragged": Ragged(),
     "ragged-int4": Ragged("int4-hadamard", "int8"),
     "ragged-two-level": Ragged(("int8-hadamard", "int4-hadamard"), "int8"),
+    "ragged-adam8bit": Ragged(optimizer=sr.optim.BlockAdam8bit, granularity=sr.optim.BlockAdam8bit.granularity),
 }
 SDP4BITS = {
     "sdp4bit": SDP4Bit(WEIGHTS, True, TWO_LEVEL),
@@ -191,6 +195,7 @@ def shard_ragged(model: GPT, told: Ragged, node_size: int | None, reshard_after_
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     options: dict[str, Any] = dict(
         mesh=mesh,
+        granularity=told.granularity,
         gradients=told.gradients,
         weights=told.weights,
         feedback=told.feedback,
@@ -230,8 +235,9 @@ def prepare(method: str, model: GPT, args: argparse.Namespace) -> Trained:
         )
         return Trained(model, sdp4bit, compute, settle=sdp4bit.synchronize)
     if method.removesuffix(KEEP) in RAGGEDS:
-        shard_ragged(model, RAGGEDS[method.removesuffix(KEEP)], args.node_size, not method.endswith(KEEP))
-        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        ragged = RAGGEDS[method.removesuffix(KEEP)]
+        shard_ragged(model, ragged, args.node_size, not method.endswith(KEEP))
+        optimizer = ragged.optimizer(model.parameters(), **options)
         return Trained(model, optimizer, compute, whole=functools.partial(unsharded, model))
     fsdp2 = FSDP2S[method.removesuffix(KEEP)]
     shard(model, reshard_after_forward=not method.endswith(KEEP))

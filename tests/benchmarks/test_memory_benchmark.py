@@ -45,6 +45,8 @@ def test_a_rank_holds_what_is_computed(tmp_path: Path) -> None:
         ("fsdp2", 1 + 1 + 2 + 0),
         ("fsdp2-two-level-keep", 1 + 1 + 2 + 0),
         ("fsdp2-int4-loco", 1 + 1 + 2 + (8 + 16 / 128) / 8),
+        ("ragged-int4-keep", 1 + 1 + 2 + 0),
+        ("ragged-adam8bit", 1 + 1 + (2 + 8 / 1024) / 4 + 0),
         ("sdp4bit-exact", 4 + 4 + 2 + 0),
         ("sdp4bit", (4 + 1) + 1 + 2 + 0 + (8 + 16 / 128) / 8 * 9 / 4 + (4 + 16 / 2048) / 8),
         ("fsdp2-differences", 1 + 1 + 2 + 0 + (4 + 1)),
