@@ -1,4 +1,4 @@
-"""examples/train_gpt_fsdp.py and train_gpt_sdp4bit.py: short runs under torchrun, and a checkpoint on other ranks."""
+"""The examples of sharded training: short runs under torchrun, and a checkpoint on another number of ranks."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ def loss_in(output: str, step: int) -> float:
     [
         ("train_gpt_fsdp.py", ["--feedback=int8"], "gradients: int4-hadamard"),
         ("train_gpt_fsdp.py", ["--weights=int4", "--differences"], "weights: int4"),
+        ("train_gpt_ragged.py", ["--feedback=int8", "--plan"], "on 2 ranks: shards of"),
+        ("train_gpt_ragged.py", ["--optimizer=muon"], "matrices moved"),
+        ("train_gpt_ragged.py", ["--optimizer=adam8bit", "--weights=none"], "gradients: int4-hadamard"),
         ("train_gpt_sdp4bit.py", [], "10 steps on 2 ranks"),
     ],
 )
