@@ -75,14 +75,13 @@ struct SmallFloat {
   SR_FN float nearest(float value) {
     static_assert(kInf != kNan, "beyond the largest value there is nothing");
     constexpr uint32_t smallest_normal = (kRebias + 1) << 23, infinite = (kInf << kShift) + (kRebias << 23);
-    uint32_t sign = bits_of(value) & kSignBit;
-    float magnitude = float_of(bits_of(value) ^ sign);
+    float magnitude = float_of(bits_of(value) & ~kSignBit);
     float normal = magnitude > float_of(smallest_normal) ? magnitude : float_of(smallest_normal);
     // A sum with this power of two is rounded to the target's step at the value. Where it overflows, so does the target.
     float magic = float_of((bits_of(normal) & kInfBits) + (uint32_t(kShift) << 23));
     float rounded = magnitude + magic - magic;
-    float result = rounded < float_of(infinite) ? rounded : magnitude * float_of(kInfBits);  // Inf, or NaN as it was
-    return float_of(sign | bits_of(result));
+    float finite = float_of((bits_of(value) & kSignBit) | bits_of(rounded));
+    return rounded < float_of(infinite) ? finite : value * float_of(kInfBits);  // Inf, or the NaN that it is
   }
 
   SR_FN float to_float(uint32_t small) {
