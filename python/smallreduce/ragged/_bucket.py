@@ -105,6 +105,7 @@ class Bucket:
         self.progress = Progress()
         self.is_unsharded = False
         self._gathering: _Work | None = None
+        self._borrower: _Work | None = None
         self._partial: tuple[tuple[int, ...], Tensor] | None = None
         self._packings: dict[tuple[int, ...], Packing] = {}
         self._forward_step = 0
@@ -229,6 +230,8 @@ class Bucket:
         """
         if self.is_unsharded or self._gathering is not None:
             return
+        if self._borrower is not None:
+            self._borrower.wait()
         self.adopt()
         with torch.no_grad():
             if self.gathered.numel() == 0 or self.gathered.device != self.shard.device:
@@ -275,13 +278,39 @@ class Bucket:
 
     def reshard(self) -> None:
         """Gives the modules the sharded parameters, and the memory of the gathered ones back."""
+        self.hide()
+        self.free()
+
+    def hide(self) -> None:
+        """Gives the modules the sharded parameters, but keeps the memory of the gathered ones."""
         self.wait()
-        if not self.is_unsharded:
-            return
-        for slot in self.slots:
-            slot.put(slot.sharded)
-        self.is_unsharded = False
-        self.gathered.untyped_storage().resize_(0)
+        if self.is_unsharded:
+            for slot in self.slots:
+                slot.put(slot.sharded)
+            self.is_unsharded = False
+
+    def free(self) -> None:
+        """Gives back the memory of gathered parameters that are hidden, unless it is lent or they are wanted again."""
+        if not self.is_unsharded and self._gathering is None and self._borrower is None:
+            self.gathered.untyped_storage().resize_(0)
+
+    def lend(self, borrower: _Work, numel: int, dtype: torch.dtype, gradients: Sequence[Tensor]) -> Tensor | None:
+        """The memory of the gathered parameters, which are hidden, as a flat buffer, until :meth:`take_back`; None if
+        it is not to be had, or not so large, or if a gradient is a view of it."""
+        storage = self.gathered.untyped_storage()
+        if self.is_unsharded or self._gathering is not None or self._borrower is not None:
+            return None
+        if (numel, dtype) != (self.gathered.numel(), self.gathered.dtype) or storage.size() == 0:
+            return None
+        if any(gradient.untyped_storage().data_ptr() == storage.data_ptr() for gradient in gradients):
+            return None
+        self._borrower = borrower
+        return self.gathered
+
+    def take_back(self) -> None:
+        """The borrower is done."""
+        self._borrower = None
+        self.free()
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 

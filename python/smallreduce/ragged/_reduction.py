@@ -43,14 +43,32 @@ class Reduction:
         before, self._after, self._op = _factors(dtype, world * ranks.replica_count)
         self._output = torch.empty(part, dtype=dtype, device=device)
         self._pool = pool
-        self._buffer = self._output if world == 1 else pool.take(world * part, dtype, device)
-        self._packing.pack(gradients, self._buffer)
+        self._is_lent = False
+        buffer = self._output if world == 1 else self._take(world * part, gradients)
+        self._packing.pack(gradients, buffer)
         if before != 1:
-            self._buffer.div_(before)
+            buffer.div_(before)
+        self._buffer: Tensor | None = buffer
         self._step = bucket.progress.step
         bucket.progress.step += 1
         self._loan: Loan | None = None
-        self._work = None if world == 1 else self._start(self._buffer, self._packing)
+        self._work = None if world == 1 else self._start(buffer, self._packing)
+
+    def _take(self, numel: int, gradients: list[Tensor]) -> Tensor:
+        """Memory for what is sent: if it can be, that of the parameters that the backward pass is done with."""
+        dtype, device = self._output.dtype, self._output.device
+        lent = self._bucket.lend(self, numel, dtype, gradients)
+        self._is_lent = lent is not None
+        return self._pool.take(numel, dtype, device) if lent is None else lent
+
+    def _release(self) -> None:
+        if self._buffer is None:
+            return
+        if self._is_lent:
+            self._bucket.take_back()
+        else:
+            self._pool.give(self._buffer)
+        self._buffer = None
 
     def _start(self, buffer: Tensor, packing: Packing) -> dist.Work | Work:
         bucket, policy, output = self._bucket, self._bucket.policy, self._output
@@ -70,15 +88,18 @@ class Reduction:
         leg.count(uncompressed, engine.bytes_sent)
         self._loan = bucket.residuals.lend(self._members, self._step, self._pool, self)
         worker = None if self._loan is None else self._loan.worker
-        return engine.launch(
+        work = engine.launch(
             output, buffer, self._op, worker, leg.seed, 3 * bucket.number + 1, self._step, after=give_back
         )
+        if not buffer.is_cuda:
+            self._release()  # all of it has been encoded
+        return work
 
     def wait(self) -> None:
         """Waits until this rank has its part of the sum; for what is not to be finished."""
         if self._work is not None:
             self._work.wait()
-            self._pool.give(self._buffer)
+            self._release()
             self._work = None
             if self._loan is not None:
                 self._loan.give_back()

@@ -79,16 +79,16 @@ class Schedule:
         return None
 
     def reduce(self, bucket: Bucket, all_of_them: bool, between_replicas: bool) -> None:
-        """Starts to reduce a bucket's gradients, if there are any, while the one before is on its way."""
+        """Starts to reduce a bucket's gradients, if there are any, once those of the one before have arrived."""
         members, gradients = bucket.take_gradients(all_of_them)
         if not members:
             return
-        self.finish_reductions(leave=1)
+        self.finish_reductions()
         self._reducing.append(Reduction(bucket, members, gradients, self._pool, between_replicas))
 
-    def finish_reductions(self, leave: int = 0) -> None:
-        """Waits for what is being reduced, but for so many."""
-        while len(self._reducing) > leave:
+    def finish_reductions(self) -> None:
+        """Waits for what is being reduced."""
+        while self._reducing:
             self._reducing.pop(0).finish()
 
     def ask_for_end(self) -> None:

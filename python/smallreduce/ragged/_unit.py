@@ -214,13 +214,15 @@ class Unit:
         self._phase = _Phase.POST_BACKWARD
         for bucket in self.buckets:
             bucket.accumulate()
-        if self.reshards_after_backward:
-            self.reshard()
         for bucket in self.buckets:
+            if self.reshards_after_backward:
+                bucket.hide()
             if self.reduces:
                 self.schedule.reduce(bucket, self.reduces_unused, self.averages_replicas)
             else:
                 bucket.keep()
+            if self.reshards_after_backward:
+                bucket.free()
 
     def end_backward(self, is_last: bool) -> None:
         """The backward pass of the model is over."""
