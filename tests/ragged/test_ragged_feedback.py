@@ -141,7 +141,7 @@ class _Twice(nn.Module):
         return self.inner(self.inner(x, True), False).sum()
 
 
-def _in_flight(rank: int, world: int) -> None:
+def _two_reductions(rank: int, world: int) -> None:
     for feedback in ("full", "int8"):
         loco: dict[str, Any] = {} if feedback == "full" else {"beta": 0.5, "reset_every": 3}
         model = _Twice()
@@ -168,8 +168,8 @@ def _in_flight(rank: int, world: int) -> None:
         assert state.stats().gradients.calls == state.stats().partial_reductions == 8
 
 
-def test_a_module_that_is_reduced_again_while_it_is_reduced() -> None:
-    run(_in_flight, 2)
+def test_a_module_that_is_reduced_twice_in_a_pass() -> None:
+    run(_two_reductions, 2)
 
 
 def _frozen_later(rank: int, world: int) -> None:

@@ -26,7 +26,7 @@ class Pool:
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``numel`` elements of the smallest buffer that has as many. If none has, a larger one takes the place of the
         largest, so that in the end there are as many as are in use at a time."""
-        if device.type == "cuda":
+        if device.type == "cuda" or numel == 0:  # of which the address tells nothing
             return torch.empty(numel, dtype=dtype, device=device)
         free = sorted((b for b in self._free if b.dtype == dtype), key=Tensor.numel)
         whole = next((buffer for buffer in free if buffer.numel() >= numel), None)
@@ -42,7 +42,7 @@ class Pool:
 
     def give(self, buffer: Tensor | None) -> None:
         """Takes back what :meth:`take` gave."""
-        if buffer is not None and not buffer.is_cuda:
+        if buffer is not None and not buffer.is_cuda and buffer.numel():
             whole = self._used.pop(buffer.data_ptr())
             self._free.append(whole)
             if whole.data_ptr() in self._leaving:

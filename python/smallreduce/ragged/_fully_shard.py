@@ -119,7 +119,7 @@ def fully_shard(
             for one in named
             if one.parameter.requires_grad and policy.takes_feedback(one.parameter.dtype)
         ]
-        if policy.feedback is not None and owing and ranks.row == 0:
+        if policy.feedback is not None and any(one.shape.numel() for one in owing) and ranks.row == 0:
             # Before anything is agreed on: filters may make an error of it, which is then one on all ranks.
             warn_of_memory(policy.feedback, owing, ranks.shard.size(), stacklevel=4)
         return named, policy

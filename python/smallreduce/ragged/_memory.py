@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -52,11 +52,6 @@ class Whole:
         return whole.reshape(1, -1)
 
 
-class _Borrower(Protocol):
-    def wait(self) -> None:
-        """Gives back what was lent."""
-
-
 class Residuals:
     """Those of one bucket: for each parameter the residual of all of it, of which a rank owes a part to every other.
 
@@ -73,10 +68,9 @@ class Residuals:
         self.partial = 0
         self._bucket = bucket
         self._memory: Memory | None = None
-        self._borrower: _Borrower | None = None
         self._order = sorted(range(len(bucket.plan.tensors)), key=bucket.plan.offsets.__getitem__)
 
-    def memory(self, members: Sequence[int] = ()) -> Memory | None:
+    def memory(self, members: Collection[int] = ()) -> Memory | None:
         """What is owed to the parameters that are trainable, or members, now; None where nothing is ever owed."""
         bucket, policy = self._bucket, self._bucket.policy
         if policy.feedback is None or not policy.takes_feedback(bucket.shard.dtype):
@@ -93,22 +87,15 @@ class Residuals:
             self._memory = policy.feedback.memory(slots, policy.ranks.shard.size(), device)
         return self._memory
 
-    def lend(self, members: Sequence[int], step: int, pool: Pool, borrower: _Borrower) -> Loan | None:
-        """The residuals for a reduction.
+    def lend(self, members: Collection[int], step: int, pool: Pool) -> Loan | None:
+        """The residuals for a reduction, before which the one before has given them back.
 
         Args:
             members: Numbers of the parameters that are reduced.
             step: Of the bucket.
             pool: For what is only made for the reduction.
-            borrower: The reduction, which has given the loan back when its ``wait`` returns. It is waited for if the
-                next one begins before.
         """
-        slots = self._bucket.slots
-        self.partial += any(slot.sharded.requires_grad and slot.index not in members for slot in slots)
-        if self._borrower is not None:
-            self._borrower.wait()
-        memory = self.memory(members)
-        if memory is None:
-            return None
-        self._borrower = borrower
-        return memory.lend(step, pool, [slots[index].name for index in members])
+        slots, chosen = self._bucket.slots, set(members)
+        self.partial += any(slot.sharded.requires_grad and slot.index not in chosen for slot in slots)
+        memory = self.memory(chosen)
+        return None if memory is None else memory.lend(step, pool, {slots[index].name for index in chosen})

@@ -41,10 +41,11 @@ class Reduction:
         dtype = bucket.policy.reduce_dtype(bucket.shard.dtype)
         world, part = ranks.shard.size(), self._packing.part
         before, self._after, self._op = _factors(dtype, world * ranks.replica_count)
-        self._output = torch.empty(part, dtype=dtype, device=device)
         self._pool = pool
         self._is_lent = False
-        buffer = self._output if world == 1 else self._take(world * part, gradients)
+        buffer = self._take(world * part, dtype, device, gradients)
+        # In its own part of the buffer, until that is let go of.
+        self._output = buffer[ranks.shard.rank() * part :][:part]
         self._packing.pack(gradients, buffer)
         if before != 1:
             buffer.div_(before)
@@ -54,9 +55,8 @@ class Reduction:
         self._loan: Loan | None = None
         self._work = None if world == 1 else self._start(buffer, self._packing)
 
-    def _take(self, numel: int, gradients: list[Tensor]) -> Tensor:
+    def _take(self, numel: int, dtype: torch.dtype, device: torch.device, gradients: list[Tensor]) -> Tensor:
         """Memory for what is sent: if it can be, that of the parameters that the backward pass is done with."""
-        dtype, device = self._output.dtype, self._output.device
         lent = self._bucket.lend(self, numel, dtype, gradients)
         self._is_lent = lent is not None
         return self._pool.take(numel, dtype, device) if lent is None else lent
@@ -86,7 +86,8 @@ class Reduction:
             lambda: reduce_scatter_for(segments, packing.part, codec, dtype, route),
         )
         leg.count(uncompressed, engine.bytes_sent)
-        self._loan = bucket.residuals.lend(self._members, self._step, self._pool, self)
+        self._output = output = torch.empty_like(output)
+        self._loan = bucket.residuals.lend(self._members, self._step, self._pool)
         worker = None if self._loan is None else self._loan.worker
         work = engine.launch(
             output, buffer, self._op, worker, leg.seed, 3 * bucket.number + 1, self._step, after=give_back
@@ -99,17 +100,20 @@ class Reduction:
         """Waits until this rank has its part of the sum; for what is not to be finished."""
         if self._work is not None:
             self._work.wait()
-            self._release()
             self._work = None
-            if self._loan is not None:
-                self._loan.give_back()
-                self._loan = None
+        if self._buffer is not None:
+            if self._output.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr():
+                self._output = self._output.clone()
+            self._release()
+        if self._loan is not None:
+            self._loan.give_back()
+            self._loan = None
 
     @torch.no_grad()
     def finish(self) -> None:
         """Waits, and adds the result to the gradients of the sharded parameters."""
-        bucket, output = self._bucket, self._output
         self.wait()
+        bucket, output = self._bucket, self._output
         if bucket.policy.ranks.replicas is not None:
             kept = bucket.take_partial(self._members)
             if kept is not None:
