@@ -29,7 +29,7 @@ class Step:
         number: Counted from 1.
         shrink: What is left of a parameter after weight decay.
         rate: The learning rate, negative, with the correction of the first moment's bias.
-        root: By which the root of the second moment is divided, to correct its bias.
+        widen: What the root of the second moment is multiplied by, to correct its bias.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Step:
     eps: float
     shrink: float
     rate: float
-    root: float
+    widen: float
 
     @classmethod
     def of(cls, group: Mapping[str, Any], number: int) -> Step:
@@ -50,7 +50,7 @@ class Step:
             group["eps"],
             shrink=1 - lr * group["weight_decay"],
             rate=-lr / (1 - beta1**number),
-            root=math.sqrt(1 - beta2**number),
+            widen=1 / math.sqrt(1 - beta2**number),
         )
 
     def take(self, parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -62,7 +62,7 @@ class Step:
         gradient = gradient.float()
         exp_avg.mul_(self.beta1).add_(gradient * (1 - self.beta1))
         exp_avg_sq.mul_(self.beta2).add_(gradient.square().mul_(1 - self.beta2))
-        update = (exp_avg * self.rate).div_(exp_avg_sq.sqrt().div_(self.root).add_(self.eps))
+        update = (exp_avg * self.rate).div_(exp_avg_sq.sqrt().mul_(self.widen).add_(self.eps))
         wide = parameter if parameter.dtype.itemsize > 2 else parameter.float()
         wide.mul_(self.shrink).add_(update)
         if wide is not parameter:

@@ -26,6 +26,7 @@ __all__ = ["Muon"]
 _MIB = 1 << 20
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _MOST_STEPS = 99
+_OPTIONS = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 
 
 class Muon(Optimizer):
@@ -177,7 +178,7 @@ class Muon(Optimizer):
         if process_group.size() == 1 or (self._stats.steps > 0 and device.type != "cpu"):
             return
         options = [
-            f"group {number}: {', '.join(f'{name}={group[name]}' for name in self.defaults)}"
+            f"group {number}: {', '.join(f'{name}={group[name]}' for name in _OPTIONS)}"
             for number, group in enumerate(self.param_groups)
         ]
         check_agreement(

@@ -56,19 +56,18 @@ class Matrix:
         them, where the last elements of a tensor are: of a sharded parameter all are rounded once.
         """
         parameter, options = self.parameter, self.options
-        lr = float(options["lr"])
-        parameter.mul_(1 - lr * options["weight_decay"])
-        step = -_adjusted(lr, options["adjust_lr_fn"], parameter.shape)
+        lr = options["lr"]  # of a tensor, the products are rounded to its dtype, as torch's are
+        parameter.mul_(float(1 - lr * options["weight_decay"]))
+        step = -float(lr * _adjustment(options["adjust_lr_fn"], parameter.shape))
         if isinstance(parameter, RaggedTensor) and parameter.dtype.itemsize == 2:
             parameter.copy_(parameter.float().add_(orthogonal, alpha=step))
         else:
             parameter.add_(orthogonal, alpha=step)
 
 
-def _adjusted(lr: float, adjust_lr_fn: str | None, shape: torch.Size) -> float:
+def _adjustment(adjust_lr_fn: str | None, shape: torch.Size) -> float:
+    """What the learning rate is multiplied by."""
     rows, cols = shape
     if adjust_lr_fn == "match_rms_adamw":
-        ratio = 0.2 * math.sqrt(max(rows, cols))
-    else:
-        ratio = math.sqrt(max(1, rows / cols)) if cols else 1.0
-    return lr * ratio
+        return 0.2 * math.sqrt(max(rows, cols))
+    return math.sqrt(max(1, rows / cols)) if cols else 1.0
