@@ -1,6 +1,6 @@
 """Turns the committed results into the tables and pictures of the documentation.
 
-    python benchmarks/plot.py           # rewrites README.md, docs/benchmarks.md and docs/images/
+    python benchmarks/plot.py           # rewrites README.md, two pages of docs/ and docs/images/
     python benchmarks/plot.py --print   # prints the tables instead
 
 Everything between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` in those pages is made here, from the files in
@@ -35,7 +35,7 @@ from tables import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 IMAGES = REPOSITORY / "docs" / "images"
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md")
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md", REPOSITORY / "docs" / "ragged.md")
 
 
 def load(folder: Path = RESULTS) -> dict[str, Document]:

@@ -209,7 +209,8 @@ def training_section(document: Document) -> str:
 
 
 def sharded_section(document: Document) -> str:
-    """Times are compared with stock FSDP2, losses with DDP, and those of FSDP2's compressed forms with stock FSDP2."""
+    """Times are compared with stock FSDP2, losses with DDP, and those of FSDP2's compressed forms, and of ragged
+    sharding, with stock FSDP2."""
     runs = by_method(document)
     verdicts = []
     if document["link_rate"] in (None, "none"):
@@ -239,11 +240,11 @@ def weights_whole(runs: dict[str, list[Row]], method: str) -> str:
 
 
 def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
-    """On the losses that have a target: of SDP4Bit and FSDP2's compressed forms, to be near what does not compress, and
-    of 4-bit weights that are no differences, to be worse."""
+    """On the losses that have a target: of SDP4Bit, of FSDP2's and ragged sharding's compressed forms and of 8-bit
+    moments, to be near what does not compress, and of 4-bit weights that are no differences, to be worse."""
     lines = []
-    for method in compressing(runs):
-        plain = "fsdp2" if method.startswith("fsdp2") else "ddp"
+    for method in [method for method in runs if method in (*compressing(runs), "ragged-adam8bit")]:
+        plain = "fsdp2" if method.startswith(("fsdp2", "ragged")) else "ddp"
         if plain not in runs:
             continue
         by = relative_loss(runs, method, plain)
@@ -264,8 +265,8 @@ def sharded_loss_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
 
 def compressing(runs: dict[str, list[Row]]) -> list[str]:
     """The methods that shard and compress, in their order."""
-    others = ("ddp", "ddp-int4", "zero", "fsdp2", "fsdp2-keep", "sdp4bit-exact")
-    return [method for method in runs if method not in others]
+    others = ("ddp", "ddp-int4", "zero", "fsdp2", "ragged", "ragged-adam8bit", "sdp4bit-exact")
+    return [method for method in runs if method.removesuffix("-keep") not in others]
 
 
 def memory_section(document: Document) -> str:
@@ -289,6 +290,52 @@ def memory_section(document: Document) -> str:
     )
     return (
         f"{first['parameters'] / 1e6:.2f} M parameters in fp32, {first['world_size']} ranks; MB of a rank.\n\n{table}"
+    )
+
+
+def plans_section(document: Document) -> str:
+    rows = document["rows"]
+    world_sizes = sorted({row["world_size"] for row in rows})
+    of_line: dict[tuple[str, str, int], dict[int, Row]] = {}
+    for row in rows:
+        of_line.setdefault((row["model"], row["blocked"], row["block_rows"]), {})[row["world_size"]] = row
+
+    def padding(row: Row) -> str:
+        padding, bound = (f"{100 * row[name] / row['parameters']:.2f}" for name in ("padding_numel", "bound_numel"))
+        return padding if padding == bound else f"{padding} ({bound})"
+
+    table = markdown(
+        ["model", "blocks in", "rows of a block", *(f"{world_size} ranks" for world_size in world_sizes)],
+        (
+            [model, blocked, str(block_rows), *(padding(found[world_size]) for world_size in world_sizes)]
+            for (model, blocked, block_rows), found in of_line.items()
+        ),
+    )
+    slowest = max(rows, key=lambda row: row["slowest_seconds"]["median"])
+    seconds = slowest["slowest_seconds"]
+    lines = [
+        f"* The slowest of all these plans of a bucket took {milliseconds(seconds)} ms: a {slowest['slowest_bucket']} "
+        f"of {slowest['model']} on {slowest['world_size']} ranks in blocks of {slowest['block_rows']} row(s), in a "
+        f"single thread; target 300 ({'met' if seconds['median'] < 0.3 else 'missed'}).",
+        *map(brute_force_verdict, document["compared_with_brute_force"]),
+    ]
+    align = " or ".join(str(align) for align in sorted({row["align"] for row in rows}))
+    return (
+        f"Elements of padding in all buckets, in % of the parameters; shards are multiples of {align} elements. In "
+        f"brackets, where it is less: a bound below which no layout can be.\n\n{table}\n\n" + "\n".join(lines)
+    )
+
+
+def brute_force_verdict(compared: Row) -> str:
+    """Planner against brute force."""
+    (fewest, most), (least, largest) = compared["tensors"], compared["ranks"]
+    share = compared["smallest"] / compared["cases"]
+    met = share >= 0.95 and compared["worst_ratio"] <= 2 and compared["wrong"] == 0
+    return (
+        f"* {compared['cases']} random cases of {fewest} to {most} tensors on {least} to {largest} ranks, against "
+        f"brute force: the smallest shards in {share:.2%}, at most {compared['worst_ratio']:.2f} times the smallest; "
+        f"target 95 % and 2 ({'met' if met else 'missed'}). In {compared['beyond_equal_parts']} of them no layout has "
+        "shards as small as an equal part."
     )
 
 
@@ -425,6 +472,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "convergence": convergence_section,
     "sharded": sharded_section,
     "memory": memory_section,
+    "plans": plans_section,
 }
 
 

@@ -156,6 +156,51 @@ def test_a_memory_table() -> None:
     assert "| `sdp4bit` | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 5.0 | 9.0 | 4.0 | 1.50 |" in text
 
 
+def test_a_table_of_plans() -> None:
+    row = {
+        "model": "Model", "blocked": "matrices", "block_rows": 16, "align": 8, "parameters": 1000, "wrong": 0,
+        "slowest_bucket": "layer", "slowest_seconds": SPREAD,
+    }  # fmt: skip
+    rows = [
+        {**row, "world_size": 4, "padding_numel": 25, "bound_numel": 25},
+        {**row, "world_size": 8, "padding_numel": 50, "bound_numel": 40, "slowest_seconds": {**SPREAD, "median": 0.3}},
+    ]
+    compared = {
+        "tensors": [1, 5], "ranks": [2, 4], "cases": 200, "smallest": 190, "worst_ratio": 2.0, "wrong": 0,
+        "beyond_equal_parts": 70,
+    }  # fmt: skip
+    document = {"benchmark": "plans", **MADE_BY, "rows": rows, "compared_with_brute_force": [compared]}
+    text = tables.plans_section(document)
+    assert "| model | blocks in | rows of a block | 4 ranks | 8 ranks |" in text
+    assert "| Model | matrices | 16 | 2.50 | 5.00 (4.00) |" in text
+    assert "300 (200-300) ms: a layer of Model on 8 ranks in blocks of 16 row(s)" in text and "300 (missed)" in text
+    assert "in 95.00%, at most 2.00 times the smallest; target 95 % and 2 (met)." in text
+    for worse in ({"smallest": 189}, {"worst_ratio": 2.1}, {"wrong": 1}):
+        missed = {**document, "compared_with_brute_force": [{**compared, **worse}]}
+        assert "target 95 % and 2 (missed)" in tables.plans_section(missed)
+
+
+def test_ragged_sharding_is_compared_with_fsdp2() -> None:
+    losses = {
+        "ddp": 4.0,
+        "fsdp2": 2.0,
+        "ragged": 2.0,
+        "ragged-keep": 2.0,
+        "ragged-int4": 2.004,
+        "ragged-adam8bit": 2.02,
+    }
+    rows = [run(method, 0, 1.0, loss, 1e6) for method, loss in losses.items()]
+    text = tables.sharded_section({"benchmark": "sharded", **MADE_BY, "link_rate": None, "rows": rows})
+    assert text.endswith(
+        "* `ragged-int4`: +0.20% of the loss of `fsdp2`; target +0.25 % (met).\n"
+        "* `ragged-adam8bit`: +1.00% of the loss of `fsdp2`; target +0.25 % (missed)."
+    )
+    limited = tables.sharded_section(
+        {"benchmark": "sharded", **MADE_BY, "rows": [{**row, "link_nbytes_per_step": 1e6} for row in rows]}
+    )
+    assert "* `ragged-int4`: 1.0 times" in limited and "* `ragged-adam8bit`" not in limited and "-keep`:" not in limited
+
+
 def test_a_collectives_table() -> None:
     text = tables.collectives_section(COLLECTIVES)
     assert text.startswith("2048 bytes of fp32 on 4 ranks, links of 100 Mb/s. The file has 2 sizes from 1024 bytes.")

@@ -50,6 +50,13 @@ def commands() -> Iterator[tuple[str, str]]:
                     yield page, command
 
 
+def printed() -> Iterator[tuple[str, str, str]]:
+    """Code that is followed by a block of plain text: what it prints."""
+    for page, text in PAGES.items():
+        pairs = re.findall(r"^```python\n((?:(?!^```).)*)^```\n+^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        yield from ((page, code, output) for code, output in pairs)
+
+
 def run_on_two_ranks(program: str, folder: Path) -> None:
     path = folder / "program.py"
     # A rank that ends while a thread of gloo's still holds a tensor aborts; the interpreter waits for no thread.
@@ -62,12 +69,23 @@ def run_on_two_ranks(program: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/choosing.md", "docs/checkpointing.md", "docs/sdp4bit.md", "docs/fsdp.md"]
+    "page",
+    ["README.md", "docs/choosing.md", "docs/checkpointing.md", "docs/sdp4bit.md", "docs/fsdp.md", "docs/ragged.md"],
 )
 def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     program = "\n".join(blocks(page, "python"))
     assert "init_process_group" in program
     run_on_two_ranks(program, tmp_path)
+
+
+@pytest.mark.parametrize(("page", "code", "output"), list(printed()), ids=lambda value: value.partition("\n")[0])
+def test_code_prints_what_is_shown(page: str, code: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(code, {"sr": smallreduce})
+    assert capsys.readouterr().out == output
+
+
+def test_what_is_printed_is_shown() -> None:
+    assert "docs/ragged.md" in {page for page, _, _ in printed()}
 
 
 def test_fragments_of_migrating_run(tmp_path: Path) -> None:
@@ -87,7 +105,7 @@ def test_names_and_arguments_exist(page: str) -> None:
                 parameters = inspect.signature(resolve(ast.unparse(node.func))).parameters
                 if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                     continue  # it hands them on, as SDP4Bit does to its optimizer
-                unknown = {keyword.arg for keyword in node.keywords} - set(parameters)
+                unknown = {keyword.arg for keyword in node.keywords if keyword.arg is not None} - set(parameters)
                 assert not unknown, f"{ast.unparse(node.func)} takes no {unknown}"
 
 
