@@ -141,6 +141,10 @@ class BlockAdam8bit(Optimizer):
         try:
             # torch would give all of it the dtype of the parameters.
             super().load_state_dict({**state_dict, "state": {}})
+            for group in self.param_groups:
+                if "block" not in group:
+                    raise ValueError(f"not a state of BlockAdam8bit: its groups have {', '.join(sorted(group))}")
+                _check_options(group)
             numbers = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
             for number, (label, parameter, group) in zip(numbers, places(self.param_groups), strict=True):
                 if number in state_dict["state"]:

@@ -1,26 +1,27 @@
 """Numbers in 8 bits: a power of two for each block, and codes with three bits of mantissa.
 
-A block's scale is the largest power of two that is not above its largest magnitude. Divided by it, magnitudes are
-rounded to values ``2**e * (1 + k/8)``, which the codes count downwards from 2, so that the largest may be rounded up:
+A block's scale is the largest power of two that is not above its largest magnitude. Magnitudes, divided by it, are
+rounded to one of the values ``2**e * (1 + k/8)``, with k from 0 to 7, up to 2. The codes number these; 0 is zero:
 
-========  ===============================  ==========================================================
-codes     dtype                            of values below 1.25
-========  ===============================  ==========================================================
-signed    int8: sign, 127 magnitudes       ``2**-15`` scales some become 0
-unsigned  uint8: 0 and 255 magnitudes      ``2**-31`` scales all but 0 become that: none becomes 0
-========  ===============================  ==========================================================
+========  =========================  =========================  ========================================
+codes     dtype                      least value                what is smaller
+========  =========================  =========================  ========================================
+signed    int8, from -127 to 127     ``1.25 * 2**-15`` scales   becomes that or 0
+unsigned  uint8, from 0 to 255       ``1.25 * 2**-31`` scales   becomes that, unless it is 0 itself
+========  =========================  =========================  ========================================
 
-Any other value becomes one of its two neighbours, less than an eighth of it away. It becomes the upper one as often as
-it is near it, so that what is added to a value over many steps, at each less than half of their distance, is not lost.
-And since scales are powers of two, a value that has been rounded stays what it is when its block's scale changes.
-What decides is no random number, but a sequence in the golden ratio for each element (:class:`Dither`), which spreads
-more evenly.
+Any other magnitude becomes one of its two neighbours, which is less than an eighth of it away, and the upper one as
+often as it is near it. So what is added to a moment over many steps, at each much less than the neighbours are apart,
+is not lost, as it would be if each step rounded to the nearest. What decides is no random number but, for each element,
+a sequence that spreads more evenly (:class:`Dither`). And as scales are powers of two, what has been rounded stays what
+it is when its block's scale changes, until it is too small for it.
 
-All operations are exact, or on integers: a block has the same codes on every device, whatever it was cut from. A block
-with a NaN or an infinite element, or one of ``2**128`` after rounding, has no finite element when it is decoded.
+All operations are exact, or on integers: a block has the same codes on every device, and whatever it was cut from. A
+block with a NaN or an infinite element has no finite one when it is decoded.
 
-Formats of this kind keep small second moments, which a linear one would make 0 or raise to its least value: Dettmers
-et al., *8-bit Optimizers via Block-wise Quantization*, arXiv:2110.02861, section 2.2. The three bits are those of fp8.
+Why the values are spread by magnitude: small second moments matter as much as large ones, and a linear code of 8 bits
+makes them 0, or raises them to its least step. Dettmers et al., *8-bit Optimizers via Block-wise Quantization*,
+arXiv:2110.02861, section 2.2, have a dynamic code for that.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ _LEAST_SCALE = 2.0**-126
 
 @dataclass(frozen=True)
 class Dither:
-    """What is added before the dropped bits are: of row i, column j and step t the fraction of ``ai + bj + ct``.
+    """What share of the way to its upper neighbour a magnitude needs not to have gone to be rounded up: in row i and
+    column j at step t the fraction of ``ai + bj + ct``.
 
-    Over the steps it is a Kronecker sequence, of an irrational number that rational ones approximate worst, so that of
-    any run of n steps every share s rounds up ``sn`` times, but for a few.
+    For each element it is a Kronecker sequence over the steps. With c that rational numbers approximate badly, of any n
+    steps in a row all but a few times log n are as for evenly spread numbers (Kuipers, Niederreiter, *Uniform
+    Distribution of Sequences*, 1974, chapter 2, theorem 3.4).
 
     Attributes:
         row, column, step: a, b and c, in units of 2**-32.

@@ -62,7 +62,9 @@ class Step:
         gradient = gradient.float()
         exp_avg.mul_(self.beta1).add_(gradient * (1 - self.beta1))
         exp_avg_sq.mul_(self.beta2).add_(gradient.square().mul_(1 - self.beta2))
-        update = (exp_avg * self.rate).div_(exp_avg_sq.sqrt().mul_(self.widen).add_(self.eps))
+        # On CPU torch's sqrt is that of MKL, whose last bit is not that of IEEE 754, unlike these two.
+        root = exp_avg_sq.rsqrt().reciprocal_()
+        update = (exp_avg * self.rate).div_(root.mul_(self.widen).add_(self.eps))
         wide = parameter if parameter.dtype.itemsize > 2 else parameter.float()
         wide.mul_(self.shrink).add_(update)
         if wide is not parameter:
