@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import smallreduce as sr
 from fsdp.seen import Product
-from fsdp.training import Given
+from fsdp.training import Given, loss_of
 from ragged.owing import Composed, Units, dyadic, everyones, gradients_of, shard_units
+from ragged.sharding import ragged
 from ranks import run
 from smallreduce.codecs import PacketCodec
 
@@ -170,6 +171,37 @@ def _two_reductions(rank: int, world: int) -> None:
 
 def test_a_module_that_is_reduced_twice_in_a_pass() -> None:
     run(_two_reductions, 2)
+
+
+def _interrupted(rank: int, world: int) -> None:
+    """A pass that ends with an exception has given back what it has borrowed."""
+    for feedback in ("full", "int8"):
+        model = ragged(gradients="int4", feedback=feedback)
+        state = sr.ragged.state(model)
+        loss_of(model, rank, 0).backward()
+        before = state.state_dict()
+
+        def fail(*args: object) -> None:
+            raise ArithmeticError("on purpose")
+
+        handle = model.blocks[0].register_full_backward_pre_hook(fail)  # when the second block is being reduced
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            loss_of(model, rank, 1).backward()
+        handle.remove()
+        model.reset_iter_state()
+        after = state.state_dict()
+        assert {name: steps[0] for name, steps in after["steps"].items()} == {"": 1, "blocks.0": 1, "blocks.1": 2}
+        for name, residual in after["residuals"].items():
+            assert torch.equal(residual, before["residuals"][name]) != name.startswith("blocks.1."), name
+        model.zero_grad()
+        loss_of(model, rank, 2).backward()
+        found = everyones({name: gradient.sum().item() for name, gradient in gradients_of(model).items()})
+        assert all(one == found[0] for one in found)
+        assert state.stats().partial_reductions == 0
+
+
+def test_a_pass_that_is_interrupted() -> None:
+    run(_interrupted, 2)
 
 
 def _frozen_later(rank: int, world: int) -> None:
