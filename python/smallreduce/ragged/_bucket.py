@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -96,6 +96,7 @@ class Bucket:
         gathered: What all ranks own, of the dtype in which the module computes; without memory unless it is used.
         is_unsharded: Whether the modules have the unsharded parameters.
         progress: How often its gradients were reduced.
+        on_gradients: Called in a backward pass when a quarter of its gradients, by their elements, are there.
         residuals: What compression has taken from them.
     """
 
@@ -104,6 +105,8 @@ class Bucket:
         self.number = 0
         self.progress = Progress()
         self.is_unsharded = False
+        self.on_gradients: Callable[[], None] = _nothing
+        self._arrived = 0
         self._gathering: _Work | None = None
         self._borrower: _Work | None = None
         self._partial: tuple[tuple[int, ...], Tensor] | None = None
@@ -219,7 +222,14 @@ class Bucket:
             tensor = torch.empty(0, dtype=dtype, device=self.shard.device)
             shape = slot.sharded.shape
             tensor.set_(storage, self.plan.offsets[slot.index], shape, torch.empty(shape, device="meta").stride())
-            slot.unsharded = nn.Parameter(tensor, requires_grad=slot.sharded.requires_grad)
+            slot.unsharded = nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
+            if slot.unsharded.requires_grad:  # it follows the sharded one when it is given to the modules
+                slot.unsharded.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, parameter: Tensor) -> None:
+        before, self._arrived = self._arrived, self._arrived + parameter.numel()
+        if 4 * before < self.plan.numel <= 4 * self._arrived:
+            self.on_gradients()
 
     def unshard(self, in_backward: bool, step: int) -> None:
         """Starts to gather, unless that is done or on its way.
@@ -366,6 +376,7 @@ class Bucket:
         Args:
             all_of_them: Zeros for the trainable parameters that have none.
         """
+        self._arrived = 0
         members, gradients = [], []
         for slot in self.slots:
             gradient = slot.unsharded.grad if slot.accumulated is None else slot.accumulated
@@ -376,6 +387,10 @@ class Bucket:
                 members.append(slot.index)
                 gradients.append(gradient)
         return tuple(members), gradients
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Done:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -79,6 +80,8 @@ class Unit:
         self._phase = _Phase.IDLE
         self._in_backward = False  # from the beginning of its backward pass to the end of that of the model
         self._schedule: Schedule | None = None
+        for bucket in buckets:
+            bucket.on_gradients = partial(self._meet, bucket)
         module.__dict__[_ATTRIBUTE] = self
         module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         module.register_forward_hook(self._after_forward)
@@ -223,6 +226,12 @@ class Unit:
                 bucket.keep()
             if self.reshards_after_backward:
                 bucket.free()
+
+    def _meet(self, bucket: Bucket) -> None:
+        # What was reduced before has had this long to arrive. Its memory makes room for the gradients that are to come;
+        # where the host does not wait for them, as on CUDA, they take the memory in their turn anyway.
+        if not bucket.shard.is_cuda:
+            self.schedule.finish_reductions()
 
     def end_backward(self, is_last: bool) -> None:
         """The backward pass of the model is over."""
