@@ -38,15 +38,17 @@ class Muon(Optimizer):
         others = torch.optim.AdamW(...)  # vectors, embeddings, the output layer
 
     Arguments, defaults, mathematics and state are those of ``torch.optim.Muon``, whose state dicts it loads, and the
-    other way round; for plain tensors it is nothing else.
+    other way round; for plain tensors it is nothing else. (But where that divides in place, and so changes the momentum
+    of bf16 parameters without ``nesterov``, as in torch 2.13, this does not.)
 
     Newton-Schulz needs a matrix whole. Of a :class:`smallreduce.ragged.RaggedTensor` each rank computes the momentum of
     what it holds; then each matrix is brought to one rank, its owner, orthogonalised there, and brought back: no
     rank computes another's. Owners are chosen anew from what has gradients, all of them at once and without a word, so
     that all ranks have about as much to do; a matrix that is whole on one rank (``granularity="matrix"``) stays there.
     What travels is bf16, in which Newton-Schulz computes anyway: the update of fp32 and fp64 parameters has the bits
-    that ``torch.optim.Muon`` gives the unsharded ones, wherever they were cut. (Of parameters in 16 bits, torch's
-    addition on CPU has other bits in and outside of its vector loops; sharded ones are rounded once, as inside.)
+    that ``torch.optim.Muon`` gives the unsharded ones on one such device, wherever they were cut. (Of parameters in 16
+    bits, torch's addition on CPU has other bits in and outside of its vector loops; sharded ones are rounded once, as
+    inside.)
 
     Every rank calls :meth:`step`, and has gradients for the same parameters. On CPU that is compared at every step;
     elsewhere, where to read the answer would be to wait for the device, at the first.
@@ -71,9 +73,7 @@ class Muon(Optimizer):
 
     Source: Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024,
     kellerjordan.github.io/posts/muon; ``"match_rms_adamw"``: Liu et al., *Muon is Scalable for LLM Training*,
-    arXiv:2502.16982, section 2.2; owners of ragged shards: *veScale-FSDP*, arXiv:2602.22437, algorithm 2. Where
-    ``torch.optim.Muon`` of torch 2.13 divides in place, and so changes the momentum of bf16 parameters without
-    ``nesterov``, this one does not.
+    arXiv:2502.16982, section 2.2; owners of ragged shards: *veScale-FSDP*, arXiv:2602.22437, algorithm 2.
     """
 
     def __init__(
