@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -62,20 +61,6 @@ def parse_arguments() -> argparse.Namespace:
 def rows_of(optimizer: str, name: str, parameter: nn.Parameter) -> int:
     """How many rows of a matrix, or elements of a vector, an optimizer needs whole on one rank."""
     return sr.optim.BlockAdam8bit.granularity(name, parameter) if optimizer == "adam8bit" else 1
-
-
-def plan_of(module: nn.Module, args: argparse.Namespace, ranks: int) -> sr.ragged.Plan:
-    """What ``fully_shard`` will make of a module of fp32 parameters; there need be no ranks to know that."""
-    spelled = (*args.gradients, args.weights) if isinstance(args.gradients, tuple) else (args.gradients, args.weights)
-    codecs = [sr.codec(each) for each in spelled if each is not None]
-    groups = [getattr(codec, "group", 1) for codec in codecs]  # of elements that share a scale
-    residuals = {None: 1, "full": 32, "int8": 128}[args.feedback]  # are kept in groups of so many
-    tensors = []
-    for name, parameter in module.named_parameters():
-        row = parameter.shape[-1] if parameter.dim() > 1 else 1
-        block = math.lcm(rows_of(args.optimizer, name, parameter) * row, residuals, *groups)
-        tensors.append((parameter.numel(), min(block, parameter.numel())))
-    return sr.ragged.plan(tensors, ranks, align=4)  # of 4 bytes each: shards are multiples of 16 bytes
 
 
 def make_optimizers(kind: str, model: GPT, lr: float) -> list[Optimizer]:
@@ -137,11 +122,12 @@ def main() -> None:
         feedback=args.feedback,
         node_size=args.node_size,
     )
-    if rank == 0 and args.plan:
-        print(plan_of(model.blocks[0], args, world))
     for block in model.blocks:
         sr.ragged.fully_shard(block, **options)
     sr.ragged.fully_shard(model, **options)
+    if rank == 0 and args.plan:
+        block: Any = model.blocks[0]
+        print(block.plans[0])
     compression = sr.ragged.state(model)
     optimizers = make_optimizers(args.optimizer, model, args.lr)
 

@@ -386,6 +386,30 @@ def test_what_cannot_be_sharded() -> None:
     run(_cannot, 2)
 
 
+def _planned(rank: int, world: int) -> None:
+    """Every parameter is where the plan has it, in one flat shard, and nothing else is kept."""
+    model: Any = sr.ragged.fully_shard(nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 3)), granularity=3)
+    (plan,) = model.plans
+    assert plan.tensors == ((960, 72), (40, 3), (120, 120), (3, 3))
+    storages = set()
+    for index, parameter in enumerate(model.parameters()):
+        lengths = [end - begin for begin, end in parameter.placement.ranges(parameter.shape)]
+        assert tuple(lengths) == plan.lengths(index)
+        storages.add(parameter.to_local().untyped_storage().data_ptr())
+    assert len(storages) == 1
+    model.unshard()
+    gathered = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    offsets = [parameter.storage_offset() for parameter in model.parameters()]
+    assert len(gathered) == 1
+    assert tuple(offsets) == plan.offsets
+    model.reshard()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_parameters_are_views_of_two_buffers(world: int) -> None:
+    run(_planned, world)
+
+
 def _casts(rank: int, world: int) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float64)
     model = sr.ragged.fully_shard(nn.Linear(4, 4), mp_policy=policy)

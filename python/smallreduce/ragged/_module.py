@@ -7,6 +7,7 @@ from typing import Any, NoReturn, cast
 
 from torch import nn
 
+from smallreduce.ragged._plan import Plan
 from smallreduce.ragged._unit import Unit, unit_of
 
 __all__ = ["RaggedModule", "make_ragged"]
@@ -17,6 +18,12 @@ class RaggedModule:
 
     Every method is that of ``torch.distributed.fsdp.FSDPModule`` with its name.
     """
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """How the module's own parameters lie on the ranks: one plan for each dtype, with the parameters in the order
+        of the module's. ``print(module.plans[0])`` draws it."""
+        return tuple(bucket.plan for bucket in _unit(self).buckets)
 
     def unshard(self, async_op: bool = False) -> UnshardHandle | None:
         """Gathers the module's own parameters, and gives them to it. All ranks call it.
