@@ -126,8 +126,8 @@ def main() -> None:
         sr.ragged.fully_shard(block, **options)
     sr.ragged.fully_shard(model, **options)
     if rank == 0 and args.plan:
-        block: Any = model.blocks[0]
-        print(block.plans[0])
+        first: Any = model.blocks[0]
+        print(first.plans[0])
     compression = sr.ragged.state(model)
     optimizers = make_optimizers(args.optimizer, model, args.lr)
 
