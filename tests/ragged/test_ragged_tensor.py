@@ -416,7 +416,6 @@ def _refused(rank: int, world: int) -> None:
         "aten.select": lambda: tensor[0],
         "aten.t": lambda: tensor.t(),
         "aten.view.dtype": lambda: tensor.view(torch.int32),
-        "aten.normal_": lambda: tensor.normal_(),
         "aten.rand_like": lambda: torch.rand_like(tensor),
         "aten.rrelu": lambda: aten.rrelu(tensor),
         "aten.amax": lambda: tensor.amax(),
