@@ -27,7 +27,8 @@ class Reduction:
 
     Args:
         members: Numbers of the parameters that have a gradient; the same on all ranks.
-        gradients: Of their shapes, in the dtype in which they were computed, or in which they are reduced.
+        gradients: Of their shapes, in the dtype in which they were computed, or in which they are reduced. The list is
+            emptied.
         pool: Where the buffer for them comes from.
         between_replicas: Whether they are averaged over replicas too; else they are kept, and added to the next.
     """
@@ -47,6 +48,7 @@ class Reduction:
         # In its own part of the buffer, until that is let go of.
         self._output = buffer[ranks.shard.rank() * part :][:part]
         self._packing.pack(gradients, buffer)
+        gradients.clear()  # before more memory is taken to send them
         if before != 1:
             buffer.div_(before)
         self._buffer: Tensor | None = buffer
@@ -95,6 +97,11 @@ class Reduction:
         if not buffer.is_cuda:
             self._release()  # all of it has been encoded
         return work
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the buffer that they were packed into is on the CPU and still needed."""
+        return self._buffer is not None and not self._buffer.is_cuda
 
     def wait(self) -> None:
         """Waits until this rank has its part of the sum; for what is not to be finished."""

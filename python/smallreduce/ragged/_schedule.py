@@ -86,6 +86,12 @@ class Schedule:
         self.finish_reductions()
         self._reducing.append(Reduction(bucket, members, gradients, self._pool, between_replicas))
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients that are being reduced hold as much memory as they did before. (On CUDA that is not
+        waited for: the allocator follows the streams.)"""
+        return any(reduction.holds_gradients for reduction in self._reducing)
+
     def finish_reductions(self) -> None:
         """Waits for what is being reduced."""
         while self._reducing:

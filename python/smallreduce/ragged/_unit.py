@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -79,9 +78,10 @@ class Unit:
         self._precision = policy.precision
         self._phase = _Phase.IDLE
         self._in_backward = False  # from the beginning of its backward pass to the end of that of the model
+        self._coming: list[Unit] = []  # what is to be gathered while this computes its gradients
         self._schedule: Schedule | None = None
         for bucket in buckets:
-            bucket.on_gradients = partial(self._meet, bucket)
+            bucket.on_gradients = self._make_room
         module.__dict__[_ATTRIBUTE] = self
         module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         module.register_forward_hook(self._after_forward)
@@ -206,15 +206,22 @@ class Unit:
             self.unshard()
             self.wait()
             before = schedule.before(self)
-            for unit in self.ahead_in_backward or ([] if before is None else [before]):
-                unit.unshard()
+            self._coming = list(self.ahead_in_backward) or ([] if before is None else [before])
+            if not schedule.holds_gradients:
+                self._gather_ahead()
         return gradient
+
+    def _gather_ahead(self) -> None:
+        coming, self._coming = self._coming, []
+        for unit in coming:
+            unit.unshard()
 
     @_eager
     @torch.no_grad()
     def after_backward(self) -> None:
         """All gradients of the module's parameters are there, or as many as there will be."""
         self._phase = _Phase.POST_BACKWARD
+        self._gather_ahead()
         for bucket in self.buckets:
             bucket.accumulate()
         for bucket in self.buckets:
@@ -227,11 +234,13 @@ class Unit:
             if self.reshards_after_backward:
                 bucket.free()
 
-    def _meet(self, bucket: Bucket) -> None:
-        # What was reduced before has had this long to arrive. Its memory makes room for the gradients that are to come;
-        # where the host does not wait for them, as on CUDA, they take the memory in their turn anyway.
-        if not bucket.shard.is_cuda:
+    def _make_room(self) -> None:
+        """A quarter of the gradients are there."""
+        # Whole gradients that were sent before have had this long to arrive, and their memory, with what torch copies
+        # of it on the CPU, is as large as what is gathered ahead.
+        if self.schedule.holds_gradients:
             self.schedule.finish_reductions()
+        self._gather_ahead()
 
     def end_backward(self, is_last: bool) -> None:
         """The backward pass of the model is over."""
@@ -243,6 +252,7 @@ class Unit:
 
     def reset(self) -> None:
         """Forgets the pass that is going on."""
+        self._coming = []
         self.reshard()
         for bucket in self.buckets:
             bucket.forget()
