@@ -386,6 +386,38 @@ def test_what_cannot_be_sharded() -> None:
     run(_cannot, 2)
 
 
+def _regularises(rank: int, world: int) -> None:
+    """A loss may have the sharded parameters themselves in it."""
+
+    def penalty(kind: str, weight: torch.Tensor) -> torch.Tensor:
+        whole = weight.full_tensor() if kind == "full" else weight  # type: ignore[attr-defined]
+        return {"norm": whole.norm, "sum": whole.sum}.get(kind, whole.square().sum)()
+
+    for kind in ("full", "square", "sum", "norm"):
+        for first in (False, True):  # it is evaluated, and its gradient taken, before the model's or after
+            torch.manual_seed(0)
+            model: Any = nn.Linear(6, 5, bias=False)
+            expected = model.weight.detach().clone().requires_grad_()
+            x = torch.ones(2, 6)
+            (
+                nn.functional.linear(x, expected).sum()
+                + (penalty(kind, expected) if kind != "full" else expected.square().sum())
+            ).backward()
+            sr.ragged.fully_shard(model, granularity="rows", reshard_after_forward=True)
+            if first:
+                penalty(kind, model.weight).backward()
+                model(x).sum().backward()
+            else:
+                (model(x).sum() + penalty(kind, model.weight)).backward()
+            found = full(model.weight.grad)
+            assert torch.allclose(found, expected.grad, rtol=1e-6), (kind, first)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_losses_of_sharded_parameters(world: int) -> None:
+    run(_regularises, world)
+
+
 def _planned(rank: int, world: int) -> None:
     """Every parameter is where the plan has it, in one flat shard, and nothing else is kept."""
     model: Any = sr.ragged.fully_shard(nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 3)), granularity=3)

@@ -114,6 +114,8 @@ def _operand(func: Any, given: Any, sharding: Sharding, promotes: bool) -> Any:
     """What is beside RaggedTensors of ``sharding``; ``promotes``: it may decide on the dtype of the result."""
     if not isinstance(given, Tensor):
         return given
+    if given.dim() > 0 and given.shape == sharding.shape and given.numel() and not any(given.stride()):
+        return given.as_strided((), ())  # one number for all, as autograd makes of the gradient of a sum
     if given.dim() > 0:
         raise TypeError(
             f"{func} takes RaggedTensors beside numbers and tensors without dimensions, got a plain tensor of shape "

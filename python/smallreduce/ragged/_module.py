@@ -16,7 +16,7 @@ __all__ = ["RaggedModule", "make_ragged"]
 class RaggedModule:
     """The class, beside its own, of a module that :func:`smallreduce.ragged.fully_shard` was applied to.
 
-    Every method is that of ``torch.distributed.fsdp.FSDPModule`` with its name.
+    Every method but :attr:`plans` is that of ``torch.distributed.fsdp.FSDPModule`` with its name.
     """
 
     @property

@@ -137,6 +137,10 @@ class Reduction:
             slot = bucket.slots[member]
             local = self._packing.local(member, rank, output)
             parameter = slot.sharded
+            if parameter.grad is not None and not isinstance(parameter.grad, RaggedTensor):
+                # Autograd's, of a loss that has the sharded parameter itself in it, as a sum of all its elements.
+                group = bucket.policy.ranks.shard
+                parameter.grad = RaggedTensor.distribute(parameter.grad, slot.placement, group)
             if isinstance(parameter.grad, RaggedTensor):
                 parameter.grad.to_local().add_(local)
             else:

@@ -124,13 +124,15 @@ class RaggedTensor(Tensor):
         return self._local
 
     def full_tensor(self) -> Tensor:
-        """The whole tensor, plain, on all ranks; a collective."""
-        full = self.redistribute(Replicate())
-        # At world size 1 nothing moves, and the result must not share memory here while it does not elsewhere.
-        return full.clone() if self._sharding.placement.world_size == 1 else full
+        """The whole tensor, plain, on all ranks; a collective. Autograd goes through it: each rank takes its part of
+        the gradient, which must be the same on all ranks, as it is of what all compute alike.
+        """
+        full: Tensor = _Full.apply(self)  # type: ignore[no-untyped-call]
+        return full
 
     def redistribute(self, placement: RaggedShard | Replicate) -> Tensor:
-        """The same tensor under another placement; a collective. A plain tensor for ``Replicate()``.
+        """The same tensor under another placement; a collective. A plain tensor for ``Replicate()``. Autograd knows
+        nothing of it.
 
         Where nothing is sent, since the ranges stay, the result shares memory with this.
 
@@ -236,6 +238,19 @@ class RaggedTensor(Tensor):
                 first = self.range[0]
                 return self._local[begin - first : end - first].view(chunk.sizes)
         raise ValueError(f"{index.fqn} has no part at {index.offset} on this rank, but {self!r}")
+
+
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: RaggedTensor) -> Tensor:
+        ctx.placement, ctx.group = tensor.placement, tensor.group
+        full = tensor.redistribute(Replicate())
+        # At world size 1 nothing moves, and the result must not share memory here while it does not elsewhere.
+        return full.clone() if tensor.placement.world_size == 1 else full
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> RaggedTensor:
+        return RaggedTensor.distribute(gradient, ctx.placement, ctx.group)
 
 
 # torch's optimizers and clip_grad_norm_ choose their foreach forms on accelerators for the types in these lists, which
