@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from fsdp.training import Given, Model, loss_of, sharded
 from ragged.sharding import full, full_gradients, full_parameters, ragged
 from ragged.test_ragged_exact import SGD, same, train
 from ranks import outcomes, run
+from smallreduce.ragged._unit import unit_of
 
 
 def _replicas(rank: int, world: int, policy: str) -> None:
@@ -180,6 +184,94 @@ def test_branches_and_passes_in_any_order(world: int, reentrant: bool) -> None:
     run(_branches, world, reentrant)
 
 
+@dataclass
+class _Out:
+    hidden: torch.Tensor
+    losses: list[torch.Tensor]
+
+
+class _Nested(nn.Module):
+    """A unit in a unit, which is used once more without a gradient; its values go about in a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.outer = nn.Linear(8, 8)
+
+    def forward(self, given: _Out) -> _Out:
+        with torch.no_grad():
+            shift = self.inner(given.hidden)
+        hidden = given.hidden + self.inner(self.outer(given.hidden) + shift)
+        given.losses.append(hidden.mean())
+        return _Out(hidden, given.losses)
+
+
+class _Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Nested() for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _Out(x, [])
+        for block in self.blocks:
+            out = block(out)
+        return self.head(out.hidden).square().mean() + sum(out.losses)
+
+
+def _nested(rank: int, world: int, codecs: dict[str, Any]) -> None:
+    """Against the model alone, on the same data on all ranks; where codecs are lossy, only that it goes on alike."""
+    models: list[Any] = []
+    for sharded_too in (False, True):
+        torch.manual_seed(0)
+        model = _Chain()
+        if sharded_too:
+            for block in model.blocks:
+                sr.ragged.fully_shard(block.inner, granularity="rows", **codecs)
+                sr.ragged.fully_shard(block, granularity="rows", **codecs)
+            sr.ragged.fully_shard(model, granularity="rows", **codecs)
+        models.append(model)
+    optimizers = [torch.optim.SGD(model.parameters(), **SGD) for model in models]
+    for step in range(6):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(x)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        if codecs:
+            assert abs(losses[0] - losses[1]) < 0.1 * losses[0].abs()
+        elif world <= 2:  # the mean of two equal numbers is exact
+            assert torch.equal(*losses), step
+    for module in models[1].modules():
+        unit = unit_of(module)
+        for bucket in [] if unit is None else unit.buckets:
+            assert not bucket.is_gathering
+            assert not bucket.is_unsharded
+
+
+@pytest.mark.parametrize("codecs", [{}, {"gradients": "int8", "weights": "int8"}])
+@pytest.mark.parametrize("world", [1, 2])
+def test_units_in_units_and_uses_without_gradient(world: int, codecs: dict[str, Any]) -> None:
+    run(_nested, world, codecs)
+
+
+def _collected(rank: int, world: int) -> None:
+    model: Any = sr.ragged.fully_shard(nn.Linear(4, 4))
+    model(torch.ones(1, 4)).sum().backward()
+    (bucket,) = unit_of(model).buckets  # type: ignore[union-attr]
+    left = [weakref.ref(thing) for thing in (model, bucket, bucket.slots[0].unsharded)]
+    del model, bucket
+    gc.collect()
+    assert [thing() for thing in left] == [None] * 3
+
+
+def test_a_model_is_collected() -> None:
+    run(_collected, 2)
+
+
 def _unused(rank: int, world: int) -> None:
     model = sr.ragged.fully_shard(Given([(5, 3), (4,), (7, 2)]), granularity="rows")
     # Only rank 0 uses the second.
@@ -326,11 +418,12 @@ def _refuses(rank: int, world: int, what: str) -> None:
         "codec": {"gradients": "topk:0.1"},
         "feedback": {"gradients": None, "feedback": "full"},
         "reshard": {"reshard_after_forward": 2},
-        "differ": {},
+        "seeds": {"seed": 1},
+        "reshards": {"reshard_after_forward": True},
+        "frozen": {},
     }
     options = bad[what] if rank == 1 else {}
-    if what == "differ":
-        options = {"seed": rank}
+    model.weight.requires_grad_(what != "frozen" or rank == 0)
     sr.ragged.fully_shard(model, **options)
 
 
@@ -342,7 +435,9 @@ def _refuses(rank: int, world: int, what: str) -> None:
         ("codec", "biased"),
         ("feedback", "needs a codec"),
         ("reshard", "True, False or None"),
-        ("differ", "do not agree"),
+        ("seeds", "do not agree"),
+        ("reshards", "do not agree"),
+        ("frozen", "do not agree"),
     ],
 )
 def test_bad_input_on_one_rank_is_an_error_on_all(what: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -151,10 +152,6 @@ class Bucket:
         names = [slot.name for slot in self.slots]
         return f"the parameters {', '.join(names[:2])}{' and others' if len(names) > 2 else ''}"
 
-    @property
-    def gathers_nbytes(self) -> int:
-        return self.plan.world_size * self.plan.shard_size * self.policy.compute_dtype(self.shard.dtype).itemsize
-
     # ---- the sharded parameters -------------------------------------------------------------------------------------
 
     def adopt(self) -> None:
@@ -217,6 +214,12 @@ class Bucket:
         numel = self.plan.world_size * self.plan.shard_size
         self.gathered = torch.empty(numel, dtype=dtype, device=self.shard.device)
         storage = self.gathered.untyped_storage()
+        bucket = weakref.ref(self)  # a hook, which the garbage collector cannot see, would keep it for ever
+
+        def count(parameter: Tensor) -> None:
+            if (alive := bucket()) is not None:
+                alive._count(parameter)
+
         for slot in self.slots:
             # Not a view of the buffer, with which it would share its version counter: gathering again is no change.
             tensor = torch.empty(0, dtype=dtype, device=self.shard.device)
@@ -224,7 +227,7 @@ class Bucket:
             tensor.set_(storage, self.plan.offsets[slot.index], shape, torch.empty(shape, device="meta").stride())
             slot.unsharded = nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
             if slot.unsharded.requires_grad:  # it follows the sharded one when it is given to the modules
-                slot.unsharded.register_post_accumulate_grad_hook(self._count)
+                slot.unsharded.register_post_accumulate_grad_hook(count)
 
     def _count(self, parameter: Tensor) -> None:
         before, self._arrived = self._arrived, self._arrived + parameter.numel()
@@ -242,8 +245,9 @@ class Bucket:
             return
         if self._borrower is not None:
             self._borrower.wait()
-        self.adopt()
-        with torch.no_grad():
+        # The buffer outlives an inference mode in which it is first wanted.
+        with torch.inference_mode(False), torch.no_grad():
+            self.adopt()
             if self.gathered.numel() == 0 or self.gathered.device != self.shard.device:
                 self._lay_out()
             nbytes = self.gathered.numel() * self.gathered.itemsize
@@ -273,6 +277,11 @@ class Bucket:
         )  # fmt: skip
         leg.count(uncompressed, engine.bytes_sent)
         return engine.launch(self.gathered, given, leg.seed, 3 * self.number, self._forward_step, after=give_back)
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether :meth:`wait` is still to be called."""
+        return self._gathering is not None
 
     def wait(self) -> None:
         """Waits until all is gathered, and gives the modules the unsharded parameters."""

@@ -127,10 +127,15 @@ def fully_shard(
     def lines(checked: tuple[list[Named], Policy], channel: Channel) -> Sequence[str]:
         named, _ = checked
         return [
-            f"{one.name}: {tuple(one.parameter.shape)} of {one.parameter.dtype}, blocks of {one.block}" for one in named
+            f"{one.name}: {tuple(one.parameter.shape)} of {one.parameter.dtype}, blocks of {one.block}, "
+            f"{'trainable' if one.parameter.requires_grad else 'frozen'}"
+            for one in named
         ]
 
-    named, policy = together(channels, check, lambda checked: str(checked[1]), lines, setup, "smallreduce.ragged")
+    def text(checked: tuple[list[Named], Policy]) -> str:
+        return f"{checked[1]}, reshard_after_forward {reshard_after_forward}"
+
+    named, policy = together(channels, check, text, lines, setup, "smallreduce.ragged")
     if policy.node_size is not None and ranks.shard.size() > 1:
         Levels(channel_of(ranks.shard, ranks.device), policy.node_size)  # its wires are made by all ranks together
     dtypes = list(dict.fromkeys(one.parameter.dtype for one in named))
@@ -162,7 +167,7 @@ def _ranks(mesh: DeviceMesh | None) -> Ranks:
 
 
 def _has_nccl() -> bool:
-    return "cuda" in dist.get_backend_config()
+    return dict(item.split(":") for item in dist.get_backend_config().split(",")).get("cuda") == "nccl"
 
 
 def _check(
@@ -267,6 +272,6 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for _, owner in _modules("", module):
-        for name, buffer in owner._buffers.items():
+        for buffer in owner._buffers.values():
             if buffer is not None and not buffer.is_meta and buffer.device.type != device.type:
-                owner._buffers[name] = buffer.to(device)
+                buffer.data = buffer.to(device)

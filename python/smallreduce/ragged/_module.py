@@ -112,10 +112,15 @@ class UnshardHandle:
             self._unit = None
 
 
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def make_ragged(module: nn.Module) -> None:
     """Gives the module the methods."""
     own = type(module)
-    module.__class__ = type(f"Ragged{own.__name__}", (RaggedModule, own), {})
+    if own not in _classes:  # one for all modules of a class, by which torch.compile knows them
+        _classes[own] = type(f"Ragged{own.__name__}", (RaggedModule, own), {})
+    module.__class__ = _classes[own]
 
 
 def _unit(module: object) -> Unit:

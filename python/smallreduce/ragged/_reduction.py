@@ -44,18 +44,24 @@ class Reduction:
         before, self._after, self._op = _factors(dtype, world * ranks.replica_count)
         self._pool = pool
         self._is_lent = False
+        self._loan: Loan | None = None
+        self._work: dist.Work | Work | None = None
+        self._step = bucket.progress.step
         buffer = self._take(world * part, dtype, device, gradients)
+        self._buffer: Tensor | None = buffer
         # In its own part of the buffer, until that is let go of.
         self._output = buffer[ranks.shard.rank() * part :][:part]
-        self._packing.pack(gradients, buffer)
-        gradients.clear()  # before more memory is taken to send them
-        if before != 1:
-            buffer.div_(before)
-        self._buffer: Tensor | None = buffer
-        self._step = bucket.progress.step
+        try:
+            self._packing.pack(gradients, buffer)
+            gradients.clear()  # before more memory is taken to send them
+            if before != 1:
+                buffer.div_(before)
+            if world > 1:
+                self._work = self._start(buffer, self._packing)
+        except BaseException:
+            self.wait()  # nothing was sent, or all of it: what is borrowed goes back
+            raise
         bucket.progress.step += 1
-        self._loan: Loan | None = None
-        self._work = None if world == 1 else self._start(buffer, self._packing)
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device, gradients: list[Tensor]) -> Tensor:
         """Memory for what is sent: if it can be, that of the parameters that the backward pass is done with."""

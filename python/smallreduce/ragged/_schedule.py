@@ -62,7 +62,8 @@ class Schedule:
 
     def leave(self, unit: Unit) -> None:
         """The forward pass of a unit is over; with that of the outermost one, the model's."""
-        self._used.append(unit)
+        if torch.is_grad_enabled():
+            self._used.append(unit)
         if self.root is unit:
             self.root = None
             self._coming = self._seen
@@ -92,6 +93,12 @@ class Schedule:
         waited for: the allocator follows the streams.)"""
         return any(reduction.holds_gradients for reduction in self._reducing)
 
+    def release_gradients(self) -> None:
+        """Waits for gradients that hold that memory; nothing is sent."""
+        for reduction in self._reducing:
+            if reduction.holds_gradients:
+                reduction.wait()
+
     def finish_reductions(self) -> None:
         """Waits for what is being reduced."""
         while self._reducing:
@@ -108,7 +115,9 @@ class Schedule:
         self._is_ending = False
         self.root = None
         for unit in self.units:
-            unit.end_backward(self.is_last_backward)
+            unit.end_backward()
+        for unit in self.units:
+            unit.settle()
         self.finish_reductions()
         self.step += 1
         if self.is_last_backward:

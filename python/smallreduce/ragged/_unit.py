@@ -7,27 +7,21 @@ for the beginning of its backward pass, and an autograd function on its inputs f
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch._compile import _disable_dynamo
 
 from smallreduce.ragged._bucket import Bucket
 from smallreduce.ragged._policy import Policy
 from smallreduce.ragged._schedule import Schedule
+from smallreduce.ragged._tensors import map_tensors, tensors_in
 
 __all__ = ["Unit", "unit_of"]
 
 _ATTRIBUTE = "_smallreduce_unit"
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _eager(function: F) -> F:
-    """What torch.compile leaves out of its graphs."""
-    return torch._dynamo.disable(function)  # type: ignore[no-any-return]
 
 
 class _Phase(enum.Enum):
@@ -78,6 +72,7 @@ class Unit:
         self._precision = policy.precision
         self._phase = _Phase.IDLE
         self._in_backward = False  # from the beginning of its backward pass to the end of that of the model
+        self._is_ahead = False  # whether it was gathered for a forward pass that has not come yet
         self._coming: list[Unit] = []  # what is to be gathered while this computes its gradients
         self._schedule: Schedule | None = None
         for bucket in buckets:
@@ -139,14 +134,21 @@ class Unit:
         for bucket in self.buckets:
             bucket.reshard()
 
+    def gather_for_forward(self) -> None:
+        """Starts to gather them for a forward pass that is about to come here."""
+        if not any(bucket.is_unsharded for bucket in self.buckets):
+            self._is_ahead = True
+            self.unshard()
+
     def drop_unused(self) -> None:
         """Frees what was gathered ahead for a forward pass, now over, that did not come here."""
-        if self._phase is _Phase.IDLE and self.reshards_after_forward:
+        if self._is_ahead:
+            self._is_ahead = False
             self.reshard()
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    @_eager
+    @_disable_dynamo
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -157,6 +159,7 @@ class Unit:
             self.wait()
             return _cast((args, kwargs), cast)  # type: ignore[no-any-return]
         self._phase = _Phase.FORWARD
+        self._is_ahead = False
         schedule = self.schedule
         args, kwargs = _cast((args, kwargs), cast)
         self.unshard()
@@ -165,10 +168,10 @@ class Unit:
             schedule.enter(self)
             coming = schedule.next_after(self)
             for unit in self.ahead_in_forward or ([] if coming is None else [coming]):
-                unit.unshard()
+                unit.gather_for_forward()
         return self._watch_inputs(args, kwargs)
 
-    @_eager
+    @_disable_dynamo
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self._in_backward:
             self._phase = _Phase.IDLE
@@ -177,26 +180,25 @@ class Unit:
                     self.reshard()
                 self.schedule.leave(self)
             if torch.is_grad_enabled():
-                for tensor in tree_flatten(output)[0]:
-                    if isinstance(tensor, Tensor) and tensor.requires_grad:
+                for tensor in tensors_in(output):
+                    if tensor.requires_grad:
                         tensor.register_hook(self._before_backward)
         return _cast(output, self._precision.output_dtype)
 
     def _watch_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not torch.is_grad_enabled():
             return args, kwargs
-        leaves, spec = tree_flatten((args, kwargs))
-        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if at:
-            watched_inputs = _AfterBackward.apply(self, *(leaves[i] for i in at))  # type: ignore[no-untyped-call]
-            for i, watched in zip(at, watched_inputs, strict=True):
-                leaves[i] = watched
-        watched_args, watched_kwargs = tree_unflatten(leaves, spec)
-        return watched_args, watched_kwargs
+        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        if not inputs:
+            return args, kwargs
+        watched = iter(_AfterBackward.apply(self, *inputs))  # type: ignore[no-untyped-call]
+        return map_tensors(  # type: ignore[no-any-return]
+            (args, kwargs), lambda tensor: next(watched) if tensor.requires_grad else tensor
+        )
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    @_eager
+    @_disable_dynamo
     def _before_backward(self, gradient: Tensor) -> Tensor:
         schedule = self.schedule
         self._in_backward = True
@@ -214,9 +216,10 @@ class Unit:
     def _gather_ahead(self) -> None:
         coming, self._coming = self._coming, []
         for unit in coming:
-            unit.unshard()
+            if unit._phase is _Phase.IDLE:  # else it has been here meanwhile
+                unit.unshard()
 
-    @_eager
+    @_disable_dynamo
     @torch.no_grad()
     def after_backward(self) -> None:
         """All gradients of the module's parameters are there, or as many as there will be."""
@@ -238,17 +241,26 @@ class Unit:
         """A quarter of the gradients are there."""
         # Whole gradients that were sent before have had this long to arrive, and their memory, with what torch copies
         # of it on the CPU, is as large as what is gathered ahead.
-        if self.schedule.holds_gradients:
-            self.schedule.finish_reductions()
-        self._gather_ahead()
+        self.schedule.release_gradients()
+        # Where ranks may differ in what has a gradient, this comes at another time on each: nothing is sent then.
+        if not self.reduces_unused:
+            self._gather_ahead()
 
-    def end_backward(self, is_last: bool) -> None:
+    def end_backward(self) -> None:
         """The backward pass of the model is over."""
         if self._phase is not _Phase.POST_BACKWARD:
             # No input required a gradient.
             self.after_backward()
         self._phase = _Phase.IDLE
         self._in_backward = False
+
+    def settle(self) -> None:
+        """Frees what was gathered ahead for a backward pass, now over, that did not come here: the weights are about to
+        change."""
+        self._coming = []
+        for bucket in self.buckets:
+            if bucket.is_gathering:
+                bucket.reshard()
 
     def reset(self) -> None:
         """Forgets the pass that is going on."""
@@ -282,6 +294,4 @@ def _cast(values: Any, dtype: torch.dtype | None) -> Any:
     """Floating-point tensors, wherever they are, in another dtype."""
     if dtype is None:
         return values
-    return tree_map(
-        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x, values
-    )
+    return map_tensors(values, lambda x: x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x)
