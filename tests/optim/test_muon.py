@@ -191,6 +191,8 @@ def _unlike(rank: int, world: int, what: str) -> list[str]:
         if step == 2 and rank == 1:
             if what == "gradient":
                 pairs[1][1].grad = None
+            elif what == "kind":
+                pairs[1][1].grad = torch.ones(SHAPES[1])
             else:
                 optimizer.param_groups[0]["lr"] = 0.5
         before = [full(sharded) for _, sharded in pairs]
@@ -206,12 +208,32 @@ def _unlike(rank: int, world: int, what: str) -> list[str]:
     ("what", "parts"),
     [
         ("gradient", ["ranks 0, 2: weight1: a gradient, shape (96, 64)", "rank 1: weight1: no gradient"]),
+        ("kind", ["rank 1: weight1: a gradient, shape (96, 64), RaggedShard", ", gradient shape (96, 64)"]),
         ("lr", ["ranks 0, 2: group 0: lr=0.001,", "rank 1: group 0: lr=0.5,"]),
     ],
 )
 def test_ranks_that_differ_are_an_error_on_all(what: str, parts: list[str]) -> None:
     for (message,) in run(_unlike, 3, what):
         assert all(part in message for part in parts), message
+
+
+def _plain_state(rank: int, world: int) -> str:
+    both = pair(0, SHAPES[1], cut(random.Random(0), SHAPES[1], 1, world))
+    _, sharded = both
+    optimizer, plain = sr.optim.Muon([sharded]), torch.optim.Muon([nn.Parameter(torch.ones(SHAPES[1]))])
+    plain.param_groups[0]["params"][0].grad = torch.ones(SHAPES[1])
+    plain.step()
+    optimizer.load_state_dict(plain.state_dict())
+    give(both, 1, 0)
+    before = full(sharded)
+    with pytest.raises(ValueError, match="the momentum of parameter 0 must be shape") as refused:
+        optimizer.step()
+    assert torch.equal(full(sharded), before)
+    return str(refused.value)
+
+
+def test_momentum_of_another_kind_is_refused_on_all_ranks() -> None:
+    assert len(set(run(_plain_state, 2))) == 1
 
 
 def test_closure_is_called_with_gradients() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -151,9 +150,8 @@ def _partial(rank: int, world: int) -> None:
         sizes.append(sr.ragged.state(model).stats().gradients.bytes_sent - before)
     stats = sr.ragged.state(model).stats()
     assert stats.partial_reductions == 1
-    assert sizes[0] == sizes[2] >= sizes[1] > 0
+    assert sizes[0] == sizes[2] > sizes[1] > 0
     assert "1 reductions without the gradients of all trainable parameters" in str(stats)
-    assert dist.get_world_size() == world
 
 
 def test_partial_reductions_are_counted() -> None:

@@ -16,7 +16,7 @@ from smallreduce.codecs import as_int
 from smallreduce.optim._block_state import check_state, new_state
 from smallreduce.optim._block_step import Step, take_step
 from smallreduce.optim._block_tiles import VECTOR_BLOCK, Tiling
-from smallreduce.optim._param_groups import check_lr, check_number, places
+from smallreduce.optim._param_groups import Place, check_added, check_lr, check_number, places
 from smallreduce.ragged import RaggedTensor
 
 __all__ = ["BlockAdam8bit"]
@@ -83,14 +83,7 @@ class BlockAdam8bit(Optimizer):
             TypeError, ValueError: As the class.
         """
         super().add_param_group(param_group)
-        try:
-            _check_options(self.param_groups[-1])
-            for label, parameter, group in places(self.param_groups):
-                if group is self.param_groups[-1]:
-                    _check_parameter(label, parameter, Tiling.of(parameter.shape, group["block"]))
-        except Exception:
-            self.param_groups.pop()
-            raise
+        check_added(self.param_groups, _check_options, _check_place)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +150,10 @@ class BlockAdam8bit(Optimizer):
         except Exception:
             self.__dict__.update(before)
             raise
+
+
+def _check_place(place: Place) -> None:
+    _check_parameter(place.label, place.parameter, Tiling.of(place.parameter.shape, place.group["block"]))
 
 
 def _check_gradient(label: str, parameter: Tensor, gradient: Tensor) -> None:

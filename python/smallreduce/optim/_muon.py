@@ -18,7 +18,7 @@ from smallreduce.optim._muon_exchange import orthogonalize_sharded
 from smallreduce.optim._muon_matrix import ADJUSTMENTS, Matrix
 from smallreduce.optim._muon_owners import Owners, choose_owners
 from smallreduce.optim._muon_stats import MuonStats
-from smallreduce.optim._param_groups import Place, check_lr, check_number, places
+from smallreduce.optim._param_groups import Place, check_added, check_lr, check_number, places
 from smallreduce.ragged import RaggedTensor
 
 __all__ = ["Muon"]
@@ -114,14 +114,7 @@ class Muon(Optimizer):
             TypeError, ValueError: As the class.
         """
         super().add_param_group(param_group)
-        try:
-            _check_options(self.param_groups[-1])
-            for label, parameter, group in places(self.param_groups):
-                if group is self.param_groups[-1]:
-                    _check_parameter(label, parameter)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        check_added(self.param_groups, _check_options, lambda place: _check_parameter(place.label, place.parameter))
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +132,8 @@ class Muon(Optimizer):
             closure: Computes the loss anew, backward pass included, and returns it.
 
         Raises:
+            ValueError: A gradient, or a momentum that was loaded, is not sharded as its parameter is. Nothing has
+                changed then.
             RuntimeError: The ranks have gradients for different parameters, or different options. Nothing has changed
                 then.
         """
@@ -151,6 +146,13 @@ class Muon(Optimizer):
         by_process_group = _by_process_group(every)
         for process_group, sharded in by_process_group.items():
             self._check_agreement(process_group, sharded)
+        for place in every:
+            for name, tensor in self._tensors(place).items():
+                if _kind(tensor) != _kind(place.parameter):
+                    raise ValueError(
+                        f"the {name} of {place.label} must be {_kind(place.parameter)}, as the parameter is, got "
+                        f"{_kind(tensor)}"
+                    )
         matrices = {id(place.parameter): self._matrix(place) for place in every if place.parameter.grad is not None}
         chosen = []
         for process_group, sharded in by_process_group.items():
@@ -182,16 +184,29 @@ class Muon(Optimizer):
             for number, group in enumerate(self.param_groups)
         ]
         check_agreement(
-            channel_of(process_group, device), options + [_describe(place) for place in sharded], self._count
+            channel_of(process_group, device), options + [self._describe(place) for place in sharded], self._count
         )
+
+    def _tensors(self, place: Place) -> dict[str, Tensor]:
+        """What is to be of a parameter's kind: its gradient and its momentum, where it has them."""
+        state: Mapping[str, Tensor] = self.state.get(place.parameter, {})
+        of_any = {"gradient": place.parameter.grad, "momentum": state.get("momentum_buffer")}
+        return {name: tensor for name, tensor in of_any.items() if tensor is not None}
+
+    def _describe(self, place: Place) -> str:
+        tensors = self._tensors(place)
+        has = "a gradient" if "gradient" in tensors else "no gradient"
+        unlike = [f", {name} {_kind(one)}" for name, one in tensors.items() if _kind(one) != _kind(place.parameter)]
+        return f"{place.label}: {has}, {_kind(place.parameter)}{''.join(unlike)}"
 
     def _matrix(self, place: Place) -> Matrix:
         parameter, gradient = place.parameter, place.parameter.grad
         assert gradient is not None
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
-        return Matrix(parameter, gradient, state["momentum_buffer"], place.group)
+        momentum = self.state[parameter].get("momentum_buffer")
+        if momentum is None:
+            momentum = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+        self.state[parameter]["momentum_buffer"] = momentum
+        return Matrix(parameter, gradient, momentum, place.group)
 
     def _owners(self, matrices: Sequence[Matrix]) -> Owners:
         shapes = tuple((matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices)
@@ -205,11 +220,10 @@ class Muon(Optimizer):
         return self._stats
 
 
-def _describe(place: Place) -> str:
-    parameter = place.parameter
-    has = "no gradient" if parameter.grad is None else "a gradient"
-    sharding = f", {parameter.placement}" if isinstance(parameter, RaggedTensor) else ""
-    return f"{place.label}: {has}, shape {tuple(parameter.shape)}{sharding}"
+def _kind(tensor: Tensor) -> str:
+    """Its shape, and how it is sharded."""
+    sharding = f", {tensor.placement}" if isinstance(tensor, RaggedTensor) else ""
+    return f"shape {tuple(tensor.shape)}{sharding}"
 
 
 def _by_process_group(every: Sequence[Place]) -> dict[dist.ProcessGroup, list[Place]]:

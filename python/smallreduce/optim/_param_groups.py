@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Place", "check_lr", "check_number", "places"]
+__all__ = ["Place", "check_added", "check_lr", "check_number", "places"]
 
 
 class Place(NamedTuple):
@@ -27,6 +27,23 @@ def places(param_groups: Sequence[dict[str, Any]]) -> Iterator[Place]:
             label = group["param_names"][at] if "param_names" in group else f"parameter {number}"
             yield Place(label, parameter, group)
             number += 1
+
+
+def check_added(
+    param_groups: list[dict[str, Any]],
+    check_options: Callable[[dict[str, Any]], None],
+    check_parameter: Callable[[Place], None],
+) -> None:
+    """Checks the group that was added last, and takes it away again if it is refused."""
+    added = param_groups[-1]
+    try:
+        check_options(added)
+        for place in places(param_groups):
+            if place.group is added:
+                check_parameter(place)
+    except Exception:
+        param_groups.pop()
+        raise
 
 
 def check_number(name: str, value: object, most: float = math.inf) -> None:

@@ -26,6 +26,9 @@ __all__ = ["Bucket", "Named", "Slot"]
 _ALIGNMENT = 16
 """Bytes: every rank's part of what is gathered and of what is reduced is a multiple of so many, as NCCL likes it."""
 
+_PACKINGS_KEPT = 16
+"""Of subsets of a bucket's parameters that have gradients: a model may drop other layers in every step."""
+
 
 @dataclass(eq=False)
 class Named:
@@ -337,6 +340,8 @@ class Bucket:
         """That of some parameters, by number."""
         key = tuple(members)
         if key not in self._packings:
+            if len(self._packings) == _PACKINGS_KEPT:
+                del self._packings[next(iter(self._packings))]
             self._packings[key] = Packing(self.plan, key)
         return self._packings[key]
 

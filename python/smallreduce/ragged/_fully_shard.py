@@ -64,9 +64,9 @@ def fully_shard(
         optimizer = torch.optim.AdamW(model.parameters())
 
     Parameters become :class:`RaggedTensor` ones. :func:`smallreduce.ragged.plan` lays all those of a module, of one
-    dtype, into one buffer, of which each rank owns an equal part; they are views of it, sharded and unsharded, and
-    nothing is copied in or out. Gradients that are reduced are RaggedTensors, too. The module gets the methods of
-    torch's ``FSDPModule`` (:class:`RaggedModule`).
+    dtype, into one buffer, of which each rank owns an equal part; they are views of it, sharded and unsharded, and only
+    gradients, as autograd makes them, are copied into one. Gradients that are reduced are RaggedTensors, too. The
+    module gets those methods of torch's ``FSDPModule`` that :class:`RaggedModule` has.
 
     Args:
         module: A module; its parameters contiguous, and not shared with a module that is sharded by itself. They may be
@@ -96,7 +96,7 @@ def fully_shard(
 
     Raises:
         TypeError, ValueError: A value that is not possible, a parameter that cannot be sharded; nothing is sharded
-            then.
+            then, on any rank. (Of ``mesh``, which says who the ranks are, on this rank only.)
         RuntimeError: Another rank refused its arguments, or has others.
     """
     if mesh is not None and not isinstance(mesh, DeviceMesh):
