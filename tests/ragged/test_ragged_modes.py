@@ -85,7 +85,7 @@ def _initialises(rank: int, world: int) -> None:
     """After ``to_empty`` torch's own initialisation draws what it would on one process."""
 
     def make() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Embedding(10, 8), nn.Conv1d(3, 5, 2))
+        return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Embedding(10, 8, padding_idx=4), nn.Conv1d(3, 5, 2))
 
     def initialise(model: nn.Sequential) -> None:
         torch.manual_seed(3)
@@ -93,6 +93,8 @@ def _initialises(rank: int, world: int) -> None:
             layer.reset_parameters()  # type: ignore[operator]
         nn.init.xavier_uniform_(model[0].weight)
         nn.init.normal_(model[3].weight, std=0.02)
+        nn.init.trunc_normal_(model[0].bias, std=0.02, a=-0.03, b=0.03)  # most are drawn more than once, or
+        nn.init.trunc_normal_(model[1].weight, a=2.0, b=2.5)  # few of the normal distribution are in the interval
 
     with torch.device("meta"):
         model = make()
@@ -108,6 +110,36 @@ def _initialises(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_initialisation_after_the_meta_device(world: int) -> None:
     run(_initialises, world)
+
+
+def _compiled(rank: int, world: int, of_blocks: bool) -> None:
+    """Graphs are those of aot_eager, which runs the operators as they are, so that the bits are the same."""
+    torch._dynamo.reset()
+    model, expected = ragged(granularity="rows"), ragged(granularity="rows")
+    compiled: Any = model
+    if of_blocks:
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(model, backend="aot_eager")
+    optimizers = [torch.optim.SGD(each.parameters(), **SGD) for each in (model, expected)]
+    for step in range(3):
+        losses = [loss_of(each, rank, step) for each in (compiled, expected)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        assert same(full_gradients(model), full_gradients(expected))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    # What is gathered stays out of the graphs, and is freed after them.
+    assert not any(bucket.is_unsharded for bucket in unit_of(model).buckets)
+
+
+@pytest.mark.parametrize("of_blocks", [False, True], ids=["whole", "blocks"])
+def test_compiled_modules(of_blocks: bool) -> None:
+    run(_compiled, 2, of_blocks, timeout=120)
 
 
 def _norm(rank: int, world: int) -> None:

@@ -149,6 +149,27 @@ def test_sums(world: int) -> None:
     run(_sums, world)
 
 
+def _truths(rank: int, world: int) -> None:
+    rng = random.Random(world)
+    for shape in SHAPES:
+        for dtype in (torch.bool, torch.float32):
+            ones = torch.ones(shape, dtype=dtype)
+            wholes = [ones, torch.zeros_like(ones)]
+            if ones.numel():
+                for odd in (0, ones.numel() // 2, ones.numel() - 1):
+                    wholes.append(ones.clone())
+                    wholes[-1].view(-1)[odd] = 0
+                wholes += [1 - whole.int() for whole in wholes[2:]]
+            for whole in wholes:
+                tensor = sharded(whole, rng)
+                assert torch.equal(tensor.any(), whole.any()) and torch.equal(tensor.all(), whole.all())
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_any_and_all(world: int) -> None:
+    run(_truths, world)
+
+
 def _clipping(rank: int, world: int) -> None:
     rng = random.Random(world)
     shapes = [shape for shape in SHAPES if math.prod(shape)]
@@ -211,3 +232,24 @@ def _scaler(rank: int, world: int, fused: bool) -> None:
 @pytest.mark.parametrize("world, fused", [(1, False), (2, False), (4, False), (3, True)])
 def test_gradient_scaler(world: int, fused: bool) -> None:
     run(_scaler, world, fused)
+
+
+def _nested(rank: int, world: int) -> list[float]:
+    """Pairs of ranks lie in the group of all: what one of a pair finds, all learn, in whatever order tensors come."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found = []
+    for place in (0, 1):
+        gradients = [
+            RaggedTensor.distribute(torch.ones(8), RaggedShard((0,), (1,) * world)),
+            RaggedTensor.distribute(torch.ones(8), RaggedShard((0,), (1, 1)), pairs[rank // 2]),
+        ]
+        if rank == 3:
+            gradients[place].to_local()[0] = math.inf
+        found_inf = torch.zeros(1)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, torch.ones(1))
+        found.append(found_inf.item())
+    return found
+
+
+def test_gradient_scaler_of_groups_in_one_another() -> None:
+    assert run(_nested, 4) == [[1.0, 1.0]] * 4

@@ -295,6 +295,28 @@ def test_in_place() -> None:
     run(_in_place, 2)
 
 
+def _rows(rank: int, world: int) -> None:
+    """``x[i]`` is memory of the tensor, wherever it was cut."""
+    rng = random.Random(world)
+    for shape in SHAPES:
+        if not shape:
+            continue
+        tensor, expected = sharded(_whole(shape), rng), _whole(shape)
+        for index in range(-shape[0], shape[0]):
+            row = tensor[index]
+            assert row.shape == expected[index].shape and torch.equal(row.full_tensor(), expected[index])
+            row.mul_(2)
+            expected[index] *= 2
+            assert torch.equal(tensor.full_tensor(), expected)
+        with pytest.raises(IndexError, match=rf"index {shape[0]} is out of range for dimension 0 with size {shape[0]}"):
+            tensor.select(0, shape[0])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_rows(world: int) -> None:
+    run(_rows, world)
+
+
 def _arguments(name: str) -> list[tuple[Any, ...]]:
     """What a foreach operator takes after its first list, ``...`` for another list, of each of its forms."""
     if name in {"addcdiv", "addcmul"}:
@@ -413,7 +435,7 @@ def _refused(rank: int, world: int) -> None:
     for name, function in {
         "aten.mm": lambda: tensor @ tensor,
         "aten.equal": lambda: torch.equal(tensor, tensor),
-        "aten.select": lambda: tensor[0],
+        "aten.select": lambda: tensor[:, 0],
         "aten.t": lambda: tensor.t(),
         "aten.view.dtype": lambda: tensor.view(torch.int32),
         "aten.rand_like": lambda: torch.rand_like(tensor),
@@ -423,7 +445,7 @@ def _refused(rank: int, world: int) -> None:
         "aten.cat": lambda: torch.cat([tensor]),
         "aten.index_put_": lambda: tensor.index_put_((torch.tensor([0]),), torch.tensor(1.0)),
         "aten._foreach_max": lambda: torch._foreach_max([tensor]),
-        "aten.all": lambda: tensor.isfinite().all(),
+        "aten.slice": lambda: tensor[1:],
     }.items():
         with pytest.raises(NotImplementedError, match=rf"^{name}[._a-zA-Z]* is not elementwise, .* full_tensor\(\)"):
             function()

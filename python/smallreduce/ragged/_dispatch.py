@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain, repeat, zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from torch._ops import OpOverload
 from torch.autograd.graph import increment_version
 
 from smallreduce.ragged import _global_reduce
+from smallreduce.ragged._placement import RaggedShard
 from smallreduce.ragged._sharding import Sharding
 
 if TYPE_CHECKING:
@@ -223,6 +225,23 @@ def _view(kind: Kind, func: Any, tensor: RaggedTensor, size: Any, implicit: bool
     return _alias(kind, func, tensor)
 
 
+def _select(kind: Kind, func: Any, tensor: RaggedTensor, dim: int, index: int) -> RaggedTensor:
+    """``x[index]``, as nn.Embedding has it for the row that it sets to zero: of the row, what each rank has of it."""
+    sharding = tensor._sharding
+    shape = sharding.shape
+    if not shape or dim not in (0, -len(shape)):
+        _refuse(kind, func)
+    if not -shape[0] <= index < shape[0]:
+        raise IndexError(f"index {index} is out of range for dimension 0 with size {shape[0]}")
+    row = math.prod(shape[1:])
+    first = row * (index % shape[0])
+    cuts = [tuple(min(max(end, first), first + row) for end in ends) for ends in sharding.placement.ranges(shape)]
+    placement = RaggedShard.from_lengths(shape[1:], [end - begin for begin, end in cuts])
+    begin, end = (cut - sharding.range[0] for cut in cuts[sharding.rank])
+    local = tensor._local[begin:end] if begin < end else tensor._local[:0]
+    return kind._wrap(local, Sharding(shape[1:], placement, sharding.group))
+
+
 def _is_same_size(kind: Kind, func: Any, one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape
 
@@ -260,6 +279,8 @@ _SPECIAL: dict[Any, Rule] = {
     aten._foreach_norm: _global_reduce.norms,
     aten._unsafe_view: _view,
     aten.alias: _alias,
+    aten.all: _global_reduce.truth,
+    aten.any: _global_reduce.truth,
     aten.detach: _alias,
     aten.detach_: _detach_,
     aten.expand: _view,
@@ -267,6 +288,7 @@ _SPECIAL: dict[Any, Rule] = {
     aten.is_same_size: _is_same_size,
     aten.linalg_vector_norm: _global_reduce.norm,
     aten.new_empty: _new_empty,
+    aten.select: _select,
     aten.sum: _global_reduce.total,
     aten.view: _view,
     **dict.fromkeys((aten.exponential_, aten.normal_, aten.random_, aten.uniform_), _draw),

@@ -20,7 +20,7 @@ from smallreduce.collectives._compat import all_gather_single
 if TYPE_CHECKING:
     from smallreduce.ragged._tensor import RaggedTensor
 
-__all__ = ["norm", "norms", "total", "unscale_"]
+__all__ = ["norm", "norms", "total", "truth", "unscale_"]
 
 Kind = type["RaggedTensor"]
 
@@ -89,10 +89,25 @@ def total(
     return _everyones(part.view(1), tensor.group).sum(0)[0].to(result)
 
 
+def truth(
+    kind: Kind, func: Any, tensor: RaggedTensor, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None
+) -> Tensor:
+    """``aten.any`` and ``aten.all`` over all dimensions."""
+    _check_whole(func, tensor, dim, keepdim, out)
+    reduce = func.overloadpacket
+    found: Tensor = reduce(_everyones(reduce(tensor._local).view(1), tensor.group))
+    return found
+
+
 def unscale_(kind: Kind, func: Any, tensors: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """What GradScaler does to gradients before a step: that one of any rank is not finite, all learn."""
+    """What GradScaler does to gradients before a step: that one of any rank is not finite, all learn.
+
+    Groups may lie in one another, as that of a layer's experts in that of all other parameters: the smaller come first,
+    so that what they find reaches the ranks of the larger.
+    """
     func([each._local if isinstance(each, kind) else each for each in tensors], found_inf, inv_scale)
-    for group in dict.fromkeys(each.group for each in tensors if isinstance(each, kind)):
+    groups = dict.fromkeys(each.group for each in tensors if isinstance(each, kind))
+    for group in sorted(groups, key=dist.ProcessGroup.size):
         dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group)
 
 

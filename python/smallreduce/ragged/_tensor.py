@@ -33,9 +33,11 @@ class RaggedTensor(Tensor):
     - Elementwise operations, and torch's ``_foreach`` and ``_fused`` forms of them, run on each rank's part and send
       nothing, so that the optimizers of ``torch.optim`` that are elementwise work as they are. Other operands must be
       RaggedTensors of the same shape, placement and group, numbers, or tensors without dimensions.
-    - Norms and sums are taken over all elements: a collective that all ranks call, which returns a plain tensor of the
-      same bits on all (:mod:`smallreduce.ragged._global_reduce`). So ``torch.nn.utils.clip_grad_norm_`` and
-      ``torch.amp.GradScaler`` work as they are.
+    - Norms and sums are taken over all elements, and so are ``any()`` and ``all()``: a collective that all ranks call,
+      which returns a plain tensor of the same bits on all (:mod:`smallreduce.ragged._global_reduce`). So
+      ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work as they are.
+    - ``x[i]`` is a RaggedTensor in the memory of this one; ``torch.nn.init`` draws this rank's part of the numbers that
+      the whole tensor would get.
     - ``torch.distributed.checkpoint`` saves and loads it as one tensor of its global shape, whatever held it when it
       was saved: other ranges, other ranks, a DTensor or one process. ``StateDictOptions(full_state_dict=True)``, with
       which torch gathers DTensors only, leaves it as it is.
