@@ -77,6 +77,18 @@ def test_wrong_results_of_sharded_training_are_noticed(buffer: str, monkeypatch:
         operations.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_packet_than_that_of_the_cast_buffer_is_noticed(dtype: torch.dtype) -> None:
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    operations = kernel_operations.RoundedBuffers(sr.IntQuant(4), x)
+    for call in operations.calls().values():
+        call()
+    operations.check()
+    operations.packet[1000] ^= 1
+    with pytest.raises(AssertionError, match="not the packet of the buffer after the cast"):
+        operations.check()
+
+
 def test_other_bits_on_one_instruction_set_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     if len(kernels.native.cpu_isas()) < 2:
         pytest.skip("this machine has one instruction set only")

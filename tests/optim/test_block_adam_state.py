@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import smallreduce as sr
-from optim.sharded_parameters import full, gradient
+from optim.checkpoints import check_crossing, contents, same, step
 from ranks import run
 from smallreduce.ragged import RaggedShard, RaggedTensor
 
@@ -45,53 +44,7 @@ def _made(kind: str) -> tuple[nn.Module, sr.optim.BlockAdam8bit]:
     return model, sr.optim.BlockAdam8bit(model.named_parameters(), **OPTIONS)
 
 
-def _step(optimizer: sr.optim.BlockAdam8bit, steps: range) -> None:
-    for step in steps:
-        for index, p in enumerate(optimizer.param_groups[0]["params"]):
-            whole = gradient(step, index, p.shape, p.dtype)
-            p.grad = RaggedTensor.distribute(whole, p.placement) if isinstance(p, RaggedTensor) else whole
-        optimizer.step()
-
-
-def _contents(model: nn.Module, optimizer: sr.optim.BlockAdam8bit) -> dict[str, Tensor]:
-    found = {}
-    for name, p in model.named_parameters():
-        found[name] = full(p).clone()
-        found |= {f"{name}.{key}": full(optimizer.state[p][key]).clone() for key in NAMES}
-    return found
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def _state(model: nn.Module, optimizer: sr.optim.BlockAdam8bit) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-def _saves(rank: int, world: int, kind: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model, optimizer = _made(kind)
-    _step(optimizer, range(1, 4))
-    dcp.save(_state(model, optimizer), checkpoint_id=folder)
-    saved = _contents(model, optimizer)
-    _step(optimizer, range(4, 6))
-    return saved, _contents(model, optimizer)
-
-
-def _loads(rank: int, world: int, kind: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model, optimizer = _made(kind)
-    state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    loaded = _contents(model, optimizer)
-    _step(optimizer, range(4, 6))
-    return loaded, _contents(model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +58,7 @@ def _loads(rank: int, world: int, kind: str, folder: str) -> tuple[dict[str, Ten
     ],
 )
 def test_checkpoints_cross(source: str, saved_on: int, target: str, loaded_on: int, tmp_path: Path) -> None:
-    saved = run(_saves, saved_on, source, str(tmp_path), timeout=120)
-    loaded = run(_loads, loaded_on, target, str(tmp_path), timeout=120)
-    for of_rank in (*saved, *loaded):
-        assert all(_same(one, other) for one, other in zip(of_rank, saved[0], strict=True))
-    assert not _same(*saved[0])
+    check_crossing(_made, source, saved_on, target, loaded_on, tmp_path)
     entries = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
     dtypes = {
         name.rsplit(".", 1)[1]: entry.properties.dtype
@@ -126,45 +75,71 @@ def test_checkpoints_cross(source: str, saved_on: int, target: str, loaded_on: i
 def test_a_state_dict_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     model, optimizer = _made("plain")
     model.to(dtype)
-    _step(optimizer, range(1, 4))
+    step(optimizer, range(1, 4))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    _step(optimizer, range(4, 6))
+    step(optimizer, range(4, 6))
     for _ in range(2):
         file.seek(0)
         saved = torch.load(file, weights_only=True)
         other, again = _made("plain")
         other.to(dtype).load_state_dict(saved["model"])
         again.load_state_dict(saved["optimizer"])
-        _step(again, range(4, 6))
-        assert _same(_contents(other, again), _contents(model, optimizer))
+        step(again, range(4, 6))
+        assert same(contents(other, again), contents(model, optimizer))
 
 
 def test_loading_copies() -> None:
     _, optimizer = _made("plain")
-    _step(optimizer, range(1, 4))
+    step(optimizer, range(1, 4))
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved["state"])
     _, again = _made("plain")
     again.load_state_dict(saved)
-    _step(again, range(4, 6))
+    step(again, range(4, 6))
     for number, state in before.items():
         assert all(torch.equal(saved["state"][number][name], state[name]) for name in NAMES)
 
 
+def test_hooks_see_and_may_change_what_is_loaded() -> None:
+    _, optimizer = _made("plain")
+    step(optimizer, range(1, 4))
+    _, again = _made("plain")
+    seen: list[Any] = []
+
+    def before(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append(state_dict["state"][0]["exp_avg"].dtype)
+        doubled = {**state_dict["state"][0], "step": 2 * state_dict["state"][0]["step"]}
+        return {**state_dict, "state": {**state_dict["state"], 0: doubled}}
+
+    again.register_load_state_dict_pre_hook(before)
+    again.register_load_state_dict_post_hook(lambda one: seen.append(copy.deepcopy(one.state_dict()["state"])))
+    again.load_state_dict(optimizer.state_dict())
+    expected = optimizer.state_dict()["state"]
+    expected[0]["step"] = 2 * expected[0]["step"]
+    assert seen[0] == torch.int8
+    for found in (seen[1], again.state_dict()["state"]):
+        assert found.keys() == expected.keys()
+        for number, state in expected.items():
+            assert all(
+                (found[number][name].dtype, found[number][name].tolist()) == (value.dtype, value.tolist())
+                for name, value in state.items()
+            )
+
+
 def test_a_copy_goes_on_by_itself() -> None:
     model, optimizer = _made("plain")
-    _step(optimizer, range(1, 4))
+    step(optimizer, range(1, 4))
     other, again = copy.deepcopy((model, optimizer))
     for one in (optimizer, again):
-        _step(one, range(4, 6))
-    assert _same(_contents(other, again), _contents(model, optimizer))
+        step(one, range(4, 6))
+    assert same(contents(other, again), contents(model, optimizer))
     assert again.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
 
 
 def _altered(name: str, value: Any) -> dict[str, Any]:
     _, optimizer = _made("plain")
-    _step(optimizer, range(1, 3))
+    step(optimizer, range(1, 3))
     state = copy.deepcopy(optimizer.state_dict())
     if value is None:
         del state["state"][1][name]
@@ -189,11 +164,11 @@ def _altered(name: str, value: Any) -> dict[str, Any]:
 )
 def test_other_states_are_refused(name: str, value: Any, message: str) -> None:
     model, optimizer = _made("plain")
-    _step(optimizer, range(1, 3))
-    before = _contents(model, optimizer)
+    step(optimizer, range(1, 3))
+    before = contents(model, optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(_altered(name, value))
-    assert _same(_contents(model, optimizer), before)
+    assert same(contents(model, optimizer), before)
 
 
 def test_the_state_of_adamw_is_refused() -> None:
@@ -211,7 +186,12 @@ def _elsewhere(rank: int, world: int) -> None:
         for lengths in ([256, 256], [0, 512])
     ]
     optimizers = [sr.optim.BlockAdam8bit([weight]) for weight in weights]
-    _step(optimizers[0], range(1, 2))
+    step(optimizers[0], range(1, 2))
+    of_other_blocks = optimizers[0].state_dict()
+    of_other_blocks["state"], of_other_blocks["param_groups"][0]["block"] = {}, 64
+    with pytest.raises(ValueError, match=r"needs whole blocks of 64 rows, but rank 0 holds elements 0 to 256"):
+        optimizers[0].load_state_dict(of_other_blocks)
+    assert optimizers[0].param_groups[0]["block"] == 32
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 must be sharded .* torch\.distributed\.checkpoint"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -139,15 +140,47 @@ def test_what_is_lost_is_made_good_over_the_steps(form: Codes) -> None:
     assert ((total / n - values).abs() <= bound).all()
 
 
+def _shortest_return(share: float) -> int:
+    """The fewest steps after which the dither of an element can be in an interval of length ``share`` again."""
+    step = UNSIGNED.dither.step
+    return next(n for n in itertools.count(1) if min(n * step % 2**32, -n * step % 2**32) < share * 2**32)
+
+
+def _longest_wait(share: float) -> int:
+    """The most steps before the dither is in it, wherever it begins: as many as leave no gap as long."""
+    step, most = UNSIGNED.dither.step, 2
+    while True:
+        points = sorted(n * step % 2**32 for n in range(most))
+        if max(b - a for a, b in itertools.pairwise([*points, points[0] + 2**32])) < share * 2**32:
+            return most
+        most += max(1, most // 64)
+
+
 def test_small_changes_add_up() -> None:
     """A second moment whose gradient has grown for good follows it, by a thousandth of the way in each step. Rounded to
-    the nearest it would stay where it is: a sixteenth is what it takes."""
-    exact = moment = torch.ones(32, 32)
-    for step in range(4000):
-        exact = exact * 0.999 + 4 * 0.001
-        moment = _through(UNSIGNED, moment * 0.999 + 4 * 0.001, step)
-        assert ((moment - exact).abs() < exact / 4).all()
-    assert exact.min() > 3.9
+    the nearest it would stay where it is: a sixteenth is what it takes.
+
+    It goes from neighbour to neighbour, and from each when the dither is in an interval whose length is the share of
+    the way to the next that a step goes. So each element keeps a time table, of which the dither alone is the reason.
+    """
+    neighbours = [1 + k / 8 for k in range(8)] + [2 + k / 4 for k in range(8)]
+    precision = 2.0**-19  # of the dither and of what it is compared with, 20 bits each
+    earliest, latest = {1.0: 0}, {1.0: 0}
+    before = 0.0
+    for value, following in itertools.pairwise([*neighbours, 4.0]):
+        share = (4 * 0.001 - value * 0.001) / (following - value)
+        earliest[following] = earliest[value] + (_shortest_return(before + precision) if before else 1)
+        latest[following] = latest[value] + _longest_wait(share - precision)
+        before = share
+    moment = torch.ones(32, 32)
+    for step in range(latest[4.0]):
+        now = _through(UNSIGNED, moment * 0.999 + 4 * 0.001, step)
+        for value in now[now != moment].unique().tolist():
+            assert earliest[value] <= step + 1
+        moment = now
+        for value, last in latest.items():
+            assert step + 1 < last or (moment >= value).all()
+    assert (moment == 4).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)

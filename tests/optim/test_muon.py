@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -215,6 +216,37 @@ def _unlike(rank: int, world: int, what: str) -> list[str]:
 def test_ranks_that_differ_are_an_error_on_all(what: str, parts: list[str]) -> None:
     for (message,) in run(_unlike, 3, what):
         assert all(part in message for part in parts), message
+
+
+def _prepared(rank: int, world: int, how: str) -> str:
+    """As torch.distributed.checkpoint prepares an optimizer, on a device for which ranks do not compare every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smallreduce.optim._muon._READ_AT_ONCE", ())
+        both = pair(0, SHAPES[1], cut(random.Random(0), SHAPES[1], 1, world))
+        _, sharded = both
+        optimizer = sr.optim.Muon([sharded], lr=0.0 if how == "lr" else 0.1)
+        give(both, 1, 0)
+        optimizer.step()
+        if how != "lr":
+            before = optimizer.stats().collectives
+            optimizer.step()
+            assert optimizer.stats().collectives == before + 2  # there and back
+        optimizer.param_groups[0]["lr"] = 0.1
+        if how == "load":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif how == "add":
+            optimizer.add_param_group({"params": [pair(1, SHAPES[0], cut(random.Random(1), SHAPES[0], 1, world))[1]]})
+        if rank == 1:
+            sharded.grad = None
+        with pytest.raises(RuntimeError) as refused:
+            optimizer.step()
+        return str(refused.value)
+
+
+@pytest.mark.parametrize("how", ["lr", "load", "add"])
+def test_ranks_compare_the_first_real_step_on_every_device(how: str) -> None:
+    for message in run(_prepared, 2, how):
+        assert "rank 1: parameter 0: no gradient" in message
 
 
 def _plain_state(rank: int, world: int) -> str:

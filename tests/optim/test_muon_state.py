@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import nn
 
 import smallreduce as sr
 from fsdp.training import Model, loss_of
-from optim.sharded_parameters import full, gradient
+from optim.checkpoints import check_crossing
+from optim.sharded_parameters import gradient
 from ragged.sharding import full_gradients, full_parameters, ragged
 from ranks import run
-from smallreduce.ragged import RaggedTensor
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.25, "momentum": 0.75}
 
@@ -79,46 +77,6 @@ def _made(kind: Any) -> tuple[nn.Module, sr.optim.Muon]:
     return model, sr.optim.Muon(_hidden(model), **OPTIONS)
 
 
-def _step(optimizer: sr.optim.Muon, steps: range) -> None:
-    for step in steps:
-        for index, p in enumerate(optimizer.param_groups[0]["params"]):
-            whole = gradient(step, index, p.shape)
-            p.grad = RaggedTensor.distribute(whole, p.placement) if isinstance(p, RaggedTensor) else whole
-        optimizer.step()
-
-
-def _contents(model: nn.Module, optimizer: sr.optim.Muon) -> dict[str, Tensor]:
-    found = {name: full(p).clone() for name, p in model.named_parameters()}
-    for name, p in _hidden(model):
-        found[f"{name}.momentum"] = full(optimizer.state[p]["momentum_buffer"]).clone()
-    return found
-
-
-def _saves(rank: int, world: int, kind: Any, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model, optimizer = _made(kind)
-    _step(optimizer, range(1, 4))
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder)
-    saved = _contents(model, optimizer)
-    _step(optimizer, range(4, 6))
-    return saved, _contents(model, optimizer)
-
-
-def _loads(rank: int, world: int, kind: Any, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model, optimizer = _made(kind)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    loaded = _contents(model, optimizer)
-    _step(optimizer, range(4, 6))
-    return loaded, _contents(model, optimizer)
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(
     ("source", "saved_on", "target", "loaded_on"),
     [
@@ -130,11 +88,7 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ],
 )
 def test_checkpoints_cross(source: str, saved_on: int, target: str, loaded_on: int, tmp_path: Path) -> None:
-    saved = run(_saves, saved_on, source, str(tmp_path), timeout=120)
-    loaded = run(_loads, loaded_on, target, str(tmp_path), timeout=120)
-    for of_rank in (*saved, *loaded):
-        assert all(_same(one, other) for one, other in zip(of_rank, saved[0], strict=True))
-    assert not _same(*saved[0])
+    check_crossing(_made, source, saved_on, target, loaded_on, tmp_path)
 
 
 def test_state_is_that_of_torch() -> None:

@@ -6,6 +6,7 @@ Residuals belong to parameters, wherever a reduce-scatter sees them.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
@@ -30,6 +31,10 @@ __all__ = [
     "parse_feedback",
     "warn_of_memory",
 ]
+
+
+_SUBSETS_KEPT = 16
+"""How some of the parameters lie, of those that were reduced last: a model may drop other layers in every step."""
 
 
 class ResidualMemory(UserWarning):
@@ -137,16 +142,13 @@ class Memory(ABC):
 
     def _lay_out(self, slots: Sequence[Divided]) -> None:
         self._whole = Arrangement(slots, self.world_size)
-        self._some: dict[tuple[str, ...], Arrangement] = {}
+        arrange = functools.partial(Arrangement, world_size=self.world_size)
+        self._some = functools.lru_cache(maxsize=_SUBSETS_KEPT)(arrange)
 
     def _arrange(self, members: Collection[str] | None) -> Arrangement:
         if members is None or len(members) == len(self.slots):
             return self._whole
-        slots = [slot for slot in self.slots if slot.name in members]
-        key = tuple(slot.name for slot in slots)
-        if key not in self._some:
-            self._some[key] = Arrangement(slots, self.world_size)
-        return self._some[key]
+        return self._some(tuple(slot for slot in self.slots if slot.name in members))
 
     def lend(self, step: int, pool: Pool, members: Collection[str] | None = None) -> Loan:
         """The residuals for the reduction of a step, which are not to be lent again before they are given back.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -125,31 +124,51 @@ class BlockAdam8bit(Optimizer):
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a copy of what :meth:`state_dict` gave.
+        """Takes over a copy of what :meth:`state_dict` gave, which hooks see, and may change, as with torch's own.
 
         Raises:
-            ValueError: It is of other parameters, or of another optimizer. Nothing has changed then.
+            ValueError: It is of other parameters, of another optimizer, or of blocks that the ranks cut. Nothing has
+                changed then.
         """
         before = {"state": self.state, "param_groups": self.param_groups}
+        seal = self.register_load_state_dict_pre_hook(_seal)  # after all others
         try:
-            # torch would give all of it the dtype of the parameters.
-            super().load_state_dict({**state_dict, "state": {}})
-            for group in self.param_groups:
-                if "block" not in group:
-                    raise ValueError(f"not a state of BlockAdam8bit: its groups have {', '.join(sorted(group))}")
-                _check_options(group)
-            numbers = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-            for number, (label, parameter, group) in zip(numbers, places(self.param_groups), strict=True):
-                if number in state_dict["state"]:
-                    saved = state_dict["state"][number]
-                    check_state(label, parameter, saved, Tiling.of(parameter.shape, group["block"]))
-                    self.state[parameter] = {
-                        name: value.detach().to(value.device if name == "step" else parameter.device, copy=True)
-                        for name, value in saved.items()
-                    }
+            super().load_state_dict(dict(state_dict))
         except Exception:
             self.__dict__.update(before)
             raise
+        finally:
+            seal.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what torch calls with what is loaded, before its hooks that come after."""
+        super().__setstate__(state)
+        sealed = {owner: saved.state for owner, saved in self.state.items() if isinstance(saved, _Sealed)}
+        self.state.update(sealed)
+        for group in self.param_groups:
+            if "block" not in group:
+                raise ValueError(f"not a state of BlockAdam8bit: its groups have {', '.join(sorted(group))}")
+            _check_options(group)
+        for place in places(self.param_groups):
+            _check_place(place)
+            label, parameter, group = place
+            if parameter in sealed:
+                check_state(label, parameter, sealed[parameter], Tiling.of(parameter.shape, group["block"]))
+                self.state[parameter] = {
+                    name: value.detach().to(value.device if name == "step" else parameter.device, copy=True)
+                    for name, value in sealed[parameter].items()
+                }
+
+
+class _Sealed:
+    """What is loaded for a parameter, kept from torch, which would give all of it the dtype of the parameter."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = state
+
+
+def _seal(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {**state_dict, "state": {number: _Sealed(state) for number, state in state_dict["state"].items()}}
 
 
 def _check_place(place: Place) -> None:

@@ -24,6 +24,7 @@ from smallreduce.ragged import RaggedTensor
 __all__ = ["Muon"]
 
 _MIB = 1 << 20
+_READ_AT_ONCE = ("cpu",)  # devices whose memory is read without waiting for them
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _MOST_STEPS = 99
 _OPTIONS = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
@@ -51,7 +52,8 @@ class Muon(Optimizer):
     inside.)
 
     Every rank calls :meth:`step`, and has gradients for the same parameters. On CPU that is compared at every step;
-    elsewhere, where to read the answer would be to wait for the device, at the first.
+    elsewhere, where to read the answer would be to wait for the device, at the first whose learning rates are not all
+    zero, as they are where torch.distributed.checkpoint makes a state, and after groups were added or a state loaded.
 
     Args:
         params: Parameters or groups of them, all of two dimensions; plain tensors, RaggedTensors or both.
@@ -96,6 +98,7 @@ class Muon(Optimizer):
         self._batch_cap_nbytes = int(batch_cap_mb * _MIB)
         self._count = Count()
         self._stats = MuonStats()
+        self._agreed = False
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
             eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
@@ -105,7 +108,13 @@ class Muon(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch's own has nothing but what is in a state dict.
         of_any: dict[str, Any] = super().__getstate__()
-        return {**of_any, "_batch_cap_nbytes": self._batch_cap_nbytes, "_count": Count(), "_stats": MuonStats()}
+        of_it = {"_batch_cap_nbytes": self._batch_cap_nbytes, "_count": Count(), "_stats": MuonStats()}
+        return {**of_any, **of_it, "_agreed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what torch calls with what is loaded."""
+        super().__setstate__(state)
+        self._agreed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of torch's optimizers; on all ranks alike.
@@ -114,6 +123,7 @@ class Muon(Optimizer):
             TypeError, ValueError: As the class.
         """
         super().add_param_group(param_group)
+        self._agreed = False
         check_added(self.param_groups, _check_options, lambda place: _check_parameter(place.label, place.parameter))
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -146,6 +156,8 @@ class Muon(Optimizer):
         by_process_group = _by_process_group(every)
         for process_group, sharded in by_process_group.items():
             self._check_agreement(process_group, sharded)
+        # Where the ranks agree, they have the same learning rates, and so go on to agree on whether they have agreed.
+        self._agreed = self._agreed or any(group["lr"] != 0 for group in self.param_groups)
         for place in every:
             for name, tensor in self._tensors(place).items():
                 if _kind(tensor) != _kind(place.parameter):
@@ -177,7 +189,7 @@ class Muon(Optimizer):
 
     def _check_agreement(self, process_group: dist.ProcessGroup, sharded: Sequence[Place]) -> None:
         device = sharded[0].parameter.device
-        if process_group.size() == 1 or (self._stats.steps > 0 and device.type != "cpu"):
+        if process_group.size() == 1 or (self._agreed and device.type not in _READ_AT_ONCE):
             return
         options = [
             f"group {number}: {', '.join(f'{name}={group[name]}' for name in _OPTIONS)}"

@@ -18,13 +18,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from smallreduce._layout import ELEMENT_TYPES
 from smallreduce.codecs import Cast, Codec, PacketCodec, as_int, codec
 from smallreduce.collectives._levels import grain_of
+from smallreduce.optim._muon import Muon
 
 __all__ = ["GradientCodec", "Scheme", "check_model", "check_optimizer", "parameter_groups"]
 
 GradientCodec = str | Codec | tuple[str | Codec, str | Codec] | None
 """One codec, one for inside a node and one for between nodes, or None."""
 
-_NOT_ELEMENTWISE = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
+_NOT_ELEMENTWISE = (
+    torch.optim.Adafactor,
+    torch.optim.LBFGS,
+    torch.optim.Muon,
+    torch.optim.SparseAdam,
+    Muon,
+)
 
 
 @dataclass(frozen=True)

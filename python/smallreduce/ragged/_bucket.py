@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,6 @@ class Bucket:
         self._gathering: _Work | None = None
         self._borrower: _Work | None = None
         self._partial: tuple[tuple[int, ...], Tensor] | None = None
-        self._packings: dict[tuple[int, ...], Packing] = {}
         self._forward_step = 0
         group = policy.ranks.shard
         dtype = parameters[0].parameter.dtype
@@ -122,6 +122,7 @@ class Bucket:
         self.plan = plan(
             [(one.parameter.numel(), one.block) for one in parameters], group.size(), max(1, _ALIGNMENT // itemsize)
         )
+        self._packing = functools.lru_cache(maxsize=_PACKINGS_KEPT)(functools.partial(Packing, self.plan))
         device = policy.ranks.device
         if any(one.parameter.device.type == "meta" for one in parameters):
             device = torch.device("meta")
@@ -338,12 +339,7 @@ class Bucket:
 
     def packing(self, members: Sequence[int]) -> Packing:
         """That of some parameters, by number."""
-        key = tuple(members)
-        if key not in self._packings:
-            if len(self._packings) == _PACKINGS_KEPT:
-                del self._packings[next(iter(self._packings))]
-            self._packings[key] = Packing(self.plan, key)
-        return self._packings[key]
+        return self._packing(tuple(members))
 
     def accumulate(self) -> None:
         """Adds the gradient of this pass to what earlier ones have left in another dtype."""
