@@ -42,6 +42,11 @@ def run(method: str, seed: int, step: float, loss: float, sent: float) -> dict[s
     }
 
 
+def of_losses(document: dict[str, Any]) -> dict[str, Any]:
+    """As ``document``, of many steps without a limited link."""
+    return {**document, "link_rate": None, "rows": [{**row, "steps": 300} for row in document["rows"]]}
+
+
 TRAINING = {
     "benchmark": "training",
     **MADE_BY,
@@ -73,11 +78,11 @@ def test_a_training_table() -> None:
     assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 0 |" in rows
 
 
-def test_a_training_table_has_losses_where_the_link_is_not_limited() -> None:
-    rows = tables.training_section({**TRAINING, "link_rate": None}).splitlines()
+def test_a_training_table_of_many_steps_has_losses() -> None:
+    rows = tables.training_section(of_losses(TRAINING)).splitlines()
     assert "| `ddp` | 1000 (200-300) | 100 | 900 | 1.00 | 9.000 | 1.0 | 2.1000 (2.0000-2.2000) | +0.00% | 0 |" in rows
     assert "| `int4` | 250 (200-300) | 100 | 150 | 4.00 | 1.000 | 9.0 | 2.1210 | +1.00% | 0 |" in rows
-    dgc = {**TRAINING, "link_rate": None, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]}
+    dgc = of_losses({**TRAINING, "rows": [*TRAINING["rows"], run("dgc", 0, 0.13, 9.0, 1e4)]})
     assert "| `dgc` | 130 (200-300) | 100 | 30 | 7.69 | 0.010 | 900.0 | 9.0000 |  | 0 |" in tables.training_section(dgc)
 
 
@@ -124,8 +129,8 @@ def test_a_sharded_table_compares_times_with_fsdp2() -> None:
     assert "--ranks 4 --rate 100mbit --ranks-per-node 2 -- python" in tables.where(sharded(0.1, "100mbit"))
 
 
-def test_a_sharded_table_compares_losses_where_the_link_is_not_limited() -> None:
-    text = tables.sharded_section(sharded(0.1, None))
+def test_a_sharded_table_of_many_steps_compares_losses() -> None:
+    text = tables.sharded_section(of_losses(sharded(0.1, None)))
     assert "| `fsdp2-int4` | 2.000 | 4.0 | 2.0040 | +0.20% | 0 |" in text
     assert text.endswith(
         "* `fsdp2-int4`: +0.20% of the loss of `fsdp2`; target +0.25 % (met).\n"
@@ -136,7 +141,7 @@ def test_a_sharded_table_compares_losses_where_the_link_is_not_limited() -> None
 def test_a_sharded_table_says_how_much_seeds_differ() -> None:
     losses = {"ddp": (2.0, 2.1), "sdp4bit-weights": (2.2, 2.2), "sdp4bit-gradients": (2.0, 2.121)}
     rows = [run(method, seed, 1.0, loss, 1e6) for method, of in losses.items() for seed, loss in enumerate(of)]
-    text = tables.sharded_section({"benchmark": "sharded", **MADE_BY, "link_rate": None, "rows": rows})
+    text = tables.sharded_section(of_losses({"benchmark": "sharded", **MADE_BY, "rows": rows}))
     assert text.endswith(
         "* `sdp4bit-weights`: +7.32% of the loss of `ddp` (+4.76% to +10.00% by seed); target: each seed worse than "
         "any of `ddp` (met).\n"
@@ -190,7 +195,7 @@ def test_ragged_sharding_is_compared_with_fsdp2() -> None:
         "ragged-adam8bit": 2.02,
     }
     rows = [run(method, 0, 1.0, loss, 1e6) for method, loss in losses.items()]
-    text = tables.sharded_section({"benchmark": "sharded", **MADE_BY, "link_rate": None, "rows": rows})
+    text = tables.sharded_section(of_losses({"benchmark": "sharded", **MADE_BY, "rows": rows}))
     assert text.endswith(
         "* `ragged-int4`: +0.20% of the loss of `fsdp2`; target +0.25 % (met).\n"
         "* `ragged-adam8bit`: +1.00% of the loss of `fsdp2`; target +0.25 % (missed)."
@@ -199,6 +204,17 @@ def test_ragged_sharding_is_compared_with_fsdp2() -> None:
         {"benchmark": "sharded", **MADE_BY, "rows": [{**row, "link_nbytes_per_step": 1e6} for row in rows]}
     )
     assert "* `ragged-int4`: 1.0 times" in limited and "* `ragged-adam8bit`" not in limited and "-keep`:" not in limited
+
+
+@pytest.mark.parametrize(
+    ("stock", "times"),
+    [(1.5, "0.75 times as fast as `fsdp2`, target 1 (missed)"), (2.0, "1.00 times as fast as `fsdp2`, target 1 (met)")],
+)
+def test_a_sharded_table_without_a_limited_link_compares_times(stock: float, times: str) -> None:
+    rows = [run("fsdp2", 0, stock, 2.0, 4e6), run("ragged", 0, 2.0, 2.0, 4e6), run("ragged-int4", 0, 1.0, 2.0, 1e6)]
+    text = tables.sharded_section({"benchmark": "sharded", **MADE_BY, "link_rate": None, "rows": rows})
+    assert "| `ragged` | 2000 (200-300) | 100 | 1900 |" in text and "4 ranks, 1 seed(s), loopback." in text
+    assert text.endswith(f"\n\n* `ragged`: {times}.")
 
 
 def test_a_collectives_table() -> None:
