@@ -138,6 +138,12 @@ def test_a_sharded_table_of_many_steps_compares_losses() -> None:
     )
 
 
+def test_losses_are_compared_with_fsdp2_where_ddp_was_not_run() -> None:
+    document = of_losses(sharded(0.1, None))
+    without = {**document, "rows": [row for row in document["rows"] if not row["method"].startswith("ddp")]}
+    assert "| `fsdp2-int4` | 2.000 | 4.0 | 2.0040 | +0.20% | 0 |" in tables.sharded_section(without)
+
+
 def test_a_sharded_table_says_how_much_seeds_differ() -> None:
     losses = {"ddp": (2.0, 2.1), "sdp4bit-weights": (2.2, 2.2), "sdp4bit-gradients": (2.0, 2.121)}
     rows = [run(method, seed, 1.0, loss, 1e6) for method, of in losses.items() for seed, loss in enumerate(of)]

@@ -160,6 +160,8 @@ def _altered(name: str, value: Any) -> dict[str, Any]:
         ("exp_avg_scale", torch.zeros(3, 3), r"exp_avg_scale of .* shape \(3, 4\), got torch\.float32 and \(3, 3\)"),
         ("exp_avg_sq_scale", None, r"the state of first\.weight must have exp_avg, .*, step, got exp_avg"),
         ("exp_avg_sq_scale", 3, "exp_avg_sq_scale of .* got int"),
+        ("step", 3, "step of .* must be a tensor without dimensions, got int"),
+        ("step", torch.ones(2), r"step of .* must be a tensor without dimensions, got torch.float32 and \(2,\)"),
     ],
 )
 def test_other_states_are_refused(name: str, value: Any, message: str) -> None:
@@ -169,6 +171,16 @@ def test_other_states_are_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(_altered(name, value))
     assert same(contents(model, optimizer), before)
+
+
+def test_a_parameter_without_a_state_begins_anew() -> None:
+    _, optimizer = _made("plain")
+    step(optimizer, range(1, 3))
+    state = optimizer.state_dict()
+    state["state"] = {**state["state"], 1: {}}
+    optimizer.load_state_dict(state)
+    step(optimizer, range(3, 4))
+    assert [int(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"][:3]] == [3, 1, 3]
 
 
 def test_the_state_of_adamw_is_refused() -> None:

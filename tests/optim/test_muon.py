@@ -194,6 +194,10 @@ def _unlike(rank: int, world: int, what: str) -> list[str]:
                 pairs[1][1].grad = None
             elif what == "kind":
                 pairs[1][1].grad = torch.ones(SHAPES[1])
+            elif what == "cap":
+                optimizer._batch_cap_nbytes = 7
+            elif what == "lr of a tensor":
+                optimizer.param_groups[0]["lr"] = torch.tensor([0.0010001])
             else:
                 optimizer.param_groups[0]["lr"] = 0.5
         before = [full(sharded) for _, sharded in pairs]
@@ -210,6 +214,8 @@ def _unlike(rank: int, world: int, what: str) -> list[str]:
     [
         ("gradient", ["ranks 0, 2: weight1: a gradient, shape (96, 64)", "rank 1: weight1: no gradient"]),
         ("kind", ["rank 1: weight1: a gradient, shape (96, 64), RaggedShard", ", gradient shape (96, 64)"]),
+        ("cap", ["ranks 0, 2: batches of 26214400 bytes", "rank 1: batches of 7 bytes"]),
+        ("lr of a tensor", ["ranks 0, 2: group 0: lr=0.001,", "rank 1: group 0: lr=0.001000100"]),
         ("lr", ["ranks 0, 2: group 0: lr=0.001,", "rank 1: group 0: lr=0.5,"]),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +117,7 @@ def test_initialisation_after_the_meta_device(world: int) -> None:
 def _compiled(rank: int, world: int, of_blocks: bool) -> None:
     """Graphs are those of aot_eager, which runs the operators as they are, so that the bits are the same."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model, expected = ragged(granularity="rows"), ragged(granularity="rows")
     compiled: Any = model
     if of_blocks:
@@ -200,7 +203,10 @@ def _branches(rank: int, world: int, reentrant: bool) -> None:
             optimizer.zero_grad()
             # Two forward passes before two backward passes, the second time the other way round.
             losses = [model(x * scale, step % 3 == 0).square().mean() for scale in (1.0, 0.5)]
-            sum(losses[:: 1 if step % 2 else -1]).backward()
+            losses = losses[:: 1 if step % 2 else -1]
+            # Of what a backward pass computes again and comes to twice, torch's own loses a gradient; see below.
+            for loss in losses if reentrant else [sum(losses)]:
+                loss.backward()
             if step == 4:
                 with torch.no_grad():
                     model(x, True)
@@ -360,6 +366,194 @@ def test_unused_parameters(world: int) -> None:
     run(_unused, world)
 
 
+class _Again(nn.Module):
+    """A part that is used twice, of which activations are computed again. All numbers stay exact."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.part = nn.Linear(4, 4), nn.Linear(4, 4)
+        for parameter in self.parameters():
+            numbers = torch.randint(-2, 3, parameter.shape, generator=torch.Generator().manual_seed(parameter.dim()))
+            parameter.data = numbers.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.how == "reentrant":
+            return checkpoint(self.part, x, use_reentrant=True) + 2 * checkpoint(self.part, x - 1, use_reentrant=True)
+        if self.how == "without gradients":
+            return self.part(checkpoint(self._constant, x, use_reentrant=False))  # type: ignore[no-any-return]
+        x.register_hook(self._looks)
+        return self.part(x)  # type: ignore[no-any-return]
+
+    def _constant(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.part(x)
+        return x * y
+
+    def _looks(self, gradient: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.part(gradient)
+        return gradient
+
+
+def _again(rank: int, world: int, how: str) -> None:
+    model, plain = _Again(how), _Again(how)
+    for module in (model.first, model.part, model):
+        sr.ragged.fully_shard(module, granularity="rows")
+    for step in range(3):
+        everyones = [
+            torch.randint(-2, 3, (2, 4), generator=torch.Generator().manual_seed(10 * step + r)).float()
+            for r in range(world)
+        ]
+        for module in (model, plain):
+            module.zero_grad()
+        model(everyones[rank]).sum().backward()
+        (sum(plain(x).sum() for x in everyones) / world).backward()  # type: ignore[union-attr]
+        for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert isinstance(parameter, sr.ragged.RaggedTensor), name
+            assert torch.equal(full(parameter.grad), expected.grad), (step, name)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *plain.parameters()):
+                parameter.add_(parameter.grad.sign())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("how", ["reentrant", "without gradients", "looked at"])
+def test_modules_that_a_backward_pass_comes_to_again(world: int, how: str) -> None:
+    run(_again, world, how)
+
+
+class _Watch(torch.autograd.Function):
+    """A copy, which notes on the way back whether a layer has its whole parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: _Flat, x: torch.Tensor) -> torch.Tensor:
+        ctx.flat = flat
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.flat.seen.append(type(ctx.flat.linear.weight) is nn.Parameter)
+        return None, gradient
+
+
+class _Flat(nn.Module):
+    """Its output is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Watch.apply(self, self.linear(x)).view(-1)  # type: ignore[no-any-return]
+
+
+class _Changes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.last = _Flat(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.flat(x)
+        y.add_(1)  # takes the view out of the graph
+        return self.last(y.view(x.shape))  # type: ignore[no-any-return]
+
+
+def _changed(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    model, plain = _Changes(), _Changes()
+    plain.load_state_dict(model.state_dict())
+    for module in (model.flat, model.last, model):
+        sr.ragged.fully_shard(module)
+    for step in range(2):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        for module in (model, plain):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        # The same on all ranks, and the mean of two that are equal is exact.
+        for found, expected in zip(full_gradients(model).values(), plain.parameters(), strict=True):
+            assert torch.equal(found, expected.grad)  # type: ignore[arg-type]
+    assert model.flat.seen == [True, True]
+
+
+def test_outputs_that_are_changed_in_place() -> None:
+    run(_changed, 2)
+
+
+def _converts(rank: int, world: int, change: str) -> None:
+    """While modules have what was gathered, and with gradients that have not been reduced."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = copy.deepcopy(plain)
+    sr.ragged.fully_shard(model[0])
+    sr.ragged.fully_shard(model)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    values = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+
+    def assign() -> None:
+        state = model.state_dict()
+        model.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)
+
+    if change == "forward":
+        model(x)
+        model.double()
+        plain.double()
+        x = x.double()
+    elif change == "unshard":
+        for module in (model[0], model):
+            module.unshard()
+        model.double()
+        plain.double()
+        x = x.double()
+    elif change == "between":
+        loss = model(x).square().sum()
+        assign()
+        loss.backward()
+        plain(x).square().sum().backward()
+    else:  # gradients of a pass that was not reduced
+        model.set_requires_gradient_sync(False)
+        model(x).square().sum().backward()
+        model.set_requires_gradient_sync(True)
+        plain(x).square().sum().backward()
+        if change == "accumulate, assign":
+            assign()
+        else:
+            model.double()
+            plain.double()
+            x = x.double()
+    assert all(torch.equal(full(p).float(), values[name]) for name, p in model.named_parameters())
+    if change != "between":
+        model(x).square().sum().backward()
+        plain(x).square().sum().backward()
+    assert all(isinstance(p, sr.ragged.RaggedTensor) and p.dtype == x.dtype for p in model.parameters())
+    for found, expected in zip(full_gradients(model).values(), plain.parameters(), strict=True):
+        assert torch.equal(found, expected.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", ["forward", "unshard", "between", "accumulate, assign", "accumulate, double"])
+def test_conversions_at_any_time(change: str) -> None:
+    run(_converts, 2, change)
+
+
+def _subsets(rank: int, world: int) -> None:
+    """Of many subsets that have gradients the last are remembered."""
+    model = sr.ragged.fully_shard(Given([(4,)] * 5), gradients="int8", feedback="full", granularity=4)
+    for subset in range(1, 32):
+        model([torch.ones(4) if subset >> index & 1 else None for index in range(5)]).backward()
+    unit = unit_of(model)
+    assert unit is not None
+    (bucket,) = unit.buckets
+    memory = bucket.residuals.memory()
+    assert memory is not None
+    assert bucket._packing.cache_info().currsize == memory._some.cache_info().currsize == 16
+
+
+def test_what_is_remembered_of_subsets_is_bounded() -> None:
+    run(_subsets, 2)
+
+
 def _adopts(rank: int, world: int, change: str) -> None:
     model, other = (ragged(seed, granularity="rows") for seed in (0, 1))
     loss_of(model, rank, 0).backward()
@@ -419,6 +613,10 @@ class _Fails(nn.Module):
         raise ArithmeticError("as it shall")
 
 
+def _hooked(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
+    tensor.register_hook(hook)
+
+
 def _recovers(rank: int, world: int) -> None:
     model = ragged(granularity="rows")
     expected = loss_of(model, rank, 0)
@@ -432,6 +630,19 @@ def _recovers(rank: int, world: int) -> None:
     loss = loss_of(model, rank, 0)
     assert torch.equal(loss, expected)
     loss.backward()
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise ArithmeticError("as it shall")
+
+    handle = model.blocks[0].norm.register_forward_hook(lambda module, args, output: _hooked(output, fails))
+    with pytest.raises(ArithmeticError):
+        loss_of(model, rank, 0).backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"call reset_iter_state\(\) on the root module, on all ranks"):
+        loss_of(model, rank, 0)
+    model.reset_iter_state()
+    assert torch.equal(loss_of(model, rank, 0), expected)
+    ragged(granularity="rows").reset_iter_state()  # before it was used
 
 
 def test_a_pass_that_failed() -> None:
@@ -530,6 +741,10 @@ def _cannot(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="needs a mesh of two dimensions"):
         shard(nn.Linear(2, 2), replicate_gradients="int8")
     linear = shard(nn.Linear(2, 2))
+    planned: Any = nn.Linear(4, 4)
+    planned.plans = [1, 2]
+    with pytest.raises(ValueError, match="Linear has something of its own called 'plans'"):
+        sr.ragged.fully_shard(planned)
     with pytest.raises(ValueError, match="fully sharded already"):
         shard(linear)
     with pytest.raises(TypeError, match="cannot be copied"):

@@ -164,6 +164,13 @@ def _truths(rank: int, world: int) -> None:
                 tensor = sharded(whole, rng)
                 assert torch.equal(tensor.any(), whole.any()) and torch.equal(tensor.all(), whole.all())
 
+    tensor = sharded(torch.ones(7, 5), rng)
+    assert tensor.any(dim=(0, -1)) and tensor.sum(dim=(1, 0)) == 35
+    with pytest.raises(NotImplementedError, match="over some of its dimensions"):
+        tensor.any(dim=())  # which torch takes for none of them
+    with pytest.raises(IndexError, match=r"shape \(7, 5\) has no dimension 2"):
+        tensor.sum(dim=(0, 2))
+
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_any_and_all(world: int) -> None:
@@ -234,22 +241,28 @@ def test_gradient_scaler(world: int, fused: bool) -> None:
     run(_scaler, world, fused)
 
 
-def _nested(rank: int, world: int) -> list[float]:
+def _nested(rank: int, world: int, dtype: torch.dtype) -> list[tuple[float, list[float]]]:
     """Pairs of ranks lie in the group of all: what one of a pair finds, all learn, in whatever order tensors come."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     found = []
     for place in (0, 1):
-        gradients = [
-            RaggedTensor.distribute(torch.ones(8), RaggedShard((0,), (1,) * world)),
-            RaggedTensor.distribute(torch.ones(8), RaggedShard((0,), (1, 1)), pairs[rank // 2]),
+        weights = [
+            nn.Parameter(RaggedTensor.distribute(torch.ones(8), RaggedShard((0,), (1,) * world))),
+            nn.Parameter(RaggedTensor.distribute(torch.ones(8, dtype=dtype), RaggedShard((0,), (1, 1)), pair)),
         ]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
         if rank == 3:
-            gradients[place].to_local()[0] = math.inf
-        found_inf = torch.zeros(1)
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, torch.ones(1))
-        found.append(found_inf.item())
+            weights[place].grad.to_local()[0] = math.inf
+        optimizer, scaler = torch.optim.SGD(weights), torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler.scale(torch.zeros((), requires_grad=True)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append((scaler.get_scale(), [value for weight in weights for value in weight.full_tensor().tolist()]))
     return found
 
 
-def test_gradient_scaler_of_groups_in_one_another() -> None:
-    assert run(_nested, 4) == [[1.0, 1.0]] * 4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_scaler_of_groups_in_one_another(dtype: torch.dtype) -> None:
+    assert run(_nested, 4, dtype) == [[(1.0, [1.0] * 16)] * 2] * 4

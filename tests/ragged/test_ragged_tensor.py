@@ -310,6 +310,11 @@ def _rows(rank: int, world: int) -> None:
             assert torch.equal(tensor.full_tensor(), expected)
         with pytest.raises(IndexError, match=rf"index {shape[0]} is out of range for dimension 0 with size {shape[0]}"):
             tensor.select(0, shape[0])
+        if shape[0]:
+            with pytest.raises(NotImplementedError, match=r"aten\.select\.int is not elementwise"):
+                nn.Parameter(tensor)[0]  # autograd could not go back
+            with torch.no_grad():
+                assert torch.equal(nn.Parameter(tensor)[0].full_tensor(), expected[0])
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -152,7 +152,7 @@ class BlockAdam8bit(Optimizer):
         for place in places(self.param_groups):
             _check_place(place)
             label, parameter, group = place
-            if parameter in sealed:
+            if sealed.get(parameter):
                 check_state(label, parameter, sealed[parameter], Tiling.of(parameter.shape, group["block"]))
                 self.state[parameter] = {
                     name: value.detach().to(value.device if name == "step" else parameter.device, copy=True)
@@ -195,7 +195,8 @@ def _check_parameter(label: str, parameter: Tensor, tiling: Tiling) -> None:
                 raise ValueError(
                     f"BlockAdam8bit needs whole blocks of {tiling.height} {rows}, but rank {rank} holds elements "
                     f"{begin} to {end} of {label}, of shape {tuple(parameter.shape)}: shard it with fully_shard("
-                    "granularity=BlockAdam8bit.granularity)"
+                    "granularity=BlockAdam8bit.granularity), or, where block is not 32, with "
+                    "functools.partial(BlockAdam8bit.granularity, block=...)"
                 )
     elif is_traceable_wrapper_subclass(parameter):
         raise TypeError(

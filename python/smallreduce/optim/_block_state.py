@@ -70,6 +70,8 @@ def check_state(label: str, parameter: Tensor, state: Mapping[str, object], tili
     names = {"step", *(entry.name for entry in entries)}
     if state.keys() != names:
         raise ValueError(f"the state of {label} must have {', '.join(sorted(names))}, got {', '.join(sorted(state))}")
+    if not isinstance(state["step"], Tensor) or state["step"].dim() > 0:
+        raise ValueError(f"step of {label} must be a tensor without dimensions, got {_describe(state['step'])}")
     for name, dtype, shape, placement in entries:
         tensor = state[name]
         found = tensor.placement if isinstance(tensor, RaggedTensor) else None

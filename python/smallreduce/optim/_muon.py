@@ -192,9 +192,10 @@ class Muon(Optimizer):
         if process_group.size() == 1 or (self._agreed and device.type not in _READ_AT_ONCE):
             return
         options = [
-            f"group {number}: {', '.join(f'{name}={group[name]}' for name in _OPTIONS)}"
+            f"group {number}: {', '.join(f'{name}={_number(group[name])}' for name in _OPTIONS)}"
             for number, group in enumerate(self.param_groups)
         ]
+        options.append(f"batches of {self._batch_cap_nbytes} bytes")
         check_agreement(
             channel_of(process_group, device), options + [self._describe(place) for place in sharded], self._count
         )
@@ -230,6 +231,11 @@ class Muon(Optimizer):
     def stats(self) -> MuonStats:
         """What was sent so far by this rank, and how the last step was shared out."""
         return self._stats
+
+
+def _number(value: object) -> object:
+    """An option; of a tensor, its number alone."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _kind(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ class MuonStats:
     """What :meth:`Muon.stats` returns; all figures are of this rank and of this object, not of a loaded state.
 
     Attributes:
-        steps: Steps done.
+        steps: Steps done, that included by which torch.distributed.checkpoint makes a state.
         matrices: Parameters that had a gradient in the last one.
         moved_matrices: Those of them that lay on several ranks.
         batches: In which they were moved, by one collective to their owners and one back.

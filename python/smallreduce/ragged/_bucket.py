@@ -190,6 +190,8 @@ class Bucket:
             raise RuntimeError(f"{self.label} must all be of one dtype and device, got {sorted(map(str, kinds))}")
         ((dtype, device),) = kinds
         locals_ = [one.to_local() for one in found]
+        if (self.gathered.dtype, self.gathered.device) != (self.policy.compute_dtype(dtype), device):
+            self._take_along(self.policy.reduce_dtype(dtype), device)
         self._allocate(dtype, device)
         for slot, taken, local in zip(self.slots, found, locals_, strict=True):
             own = self.shard[slot.begin : slot.begin + slot.length]
@@ -197,6 +199,13 @@ class Bucket:
             taken.data = RaggedTensor(own, taken.shape, slot.placement, self.policy.ranks.shard)
             slot.sharded = taken
             slot.put(taken)
+
+    def _take_along(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Gives up the unsharded parameters, for others, but keeps their gradients that have not been reduced."""
+        for slot in self.slots:
+            gradient = slot.unsharded.grad if slot.accumulated is None else slot.accumulated
+            if gradient is not None:
+                slot.accumulated, slot.unsharded.grad = gradient.to(device, dtype), None
         self.gathered = torch.empty(0)
 
     def _is_own(self, slot: Slot) -> bool:
@@ -340,6 +349,11 @@ class Bucket:
     def packing(self, members: Sequence[int]) -> Packing:
         """That of some parameters, by number."""
         return self._packing(tuple(members))
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients of unsharded parameters are there since :meth:`take_gradients`."""
+        return any(slot.unsharded.grad is not None for slot in self.slots)
 
     def accumulate(self) -> None:
         """Adds the gradient of this pass to what earlier ones have left in another dtype."""

@@ -58,7 +58,8 @@ def _classify(func: OpOverload) -> Rule:
 def _refuse(kind: Kind, func: Any, /, *args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(
         f"{func} is not elementwise, so it cannot be computed from this rank's part of a RaggedTensor: use the "
-        "full_tensor(), or to_local() if this rank's elements are what is meant"
+        "full_tensor(), or to_local() if this rank's elements are what is meant. (A module has whole parameters in its "
+        "forward pass, and elsewhere after the unshard() of the module that was sharded.)"
     )
 
 
@@ -229,7 +230,8 @@ def _select(kind: Kind, func: Any, tensor: RaggedTensor, dim: int, index: int) -
     """``x[index]``, as nn.Embedding has it for the row that it sets to zero: of the row, what each rank has of it."""
     sharding = tensor._sharding
     shape = sharding.shape
-    if not shape or dim not in (0, -len(shape)):
+    is_recorded = tensor.requires_grad and torch.is_grad_enabled()  # autograd could not go back
+    if not shape or dim not in (0, -len(shape)) or is_recorded:
         _refuse(kind, func)
     if not -shape[0] <= index < shape[0]:
         raise IndexError(f"index {index} is out of range for dimension 0 with size {shape[0]}")

@@ -193,6 +193,12 @@ def _check(
         raise ValueError(f"{type(module).__name__} is never called: shard the modules in it, or the one that has it")
     if isinstance(module, RaggedModule):
         raise ValueError(f"{type(module).__name__} is fully sharded already")
+    for name in vars(RaggedModule):
+        if not name.startswith("_") and hasattr(module, name):
+            raise ValueError(
+                f"{type(module).__name__} has something of its own called {name!r}, which is what a fully sharded "
+                "module has it for: rename it"
+            )
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
         raise TypeError(
             f"reshard_after_forward must be True, False or None, got {reshard_after_forward!r}: parameters are not "

@@ -8,12 +8,13 @@ rounds once to the dtype of the result: so all ranks return the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from smallreduce.collectives._compat import all_gather_single
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["norm", "norms", "total", "truth", "unscale_"]
 
 Kind = type["RaggedTensor"]
+
+_groups_told: MutableMapping[Tensor, dict[dist.ProcessGroup, None]] = WeakIdKeyDictionary()
+"""To which a ``found_inf`` of GradScaler was told."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -93,7 +97,8 @@ def truth(
     kind: Kind, func: Any, tensor: RaggedTensor, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None
 ) -> Tensor:
     """``aten.any`` and ``aten.all`` over all dimensions."""
-    _check_whole(func, tensor, dim, keepdim, out)
+    none = dim is not None and not isinstance(dim, int) and not dim  # for which torch reduces nothing
+    _check_whole(func, tensor, dim, keepdim or none, out)
     reduce = func.overloadpacket
     found: Tensor = reduce(_everyones(reduce(tensor._local).view(1), tensor.group))
     return found
@@ -103,17 +108,23 @@ def unscale_(kind: Kind, func: Any, tensors: Sequence[Tensor], found_inf: Tensor
     """What GradScaler does to gradients before a step: that one of any rank is not finite, all learn.
 
     Groups may lie in one another, as that of a layer's experts in that of all other parameters: the smaller come first,
-    so that what they find reaches the ranks of the larger.
+    so that what they find reaches the ranks of the larger. As GradScaler calls this for each dtype by itself, the
+    groups of the calls before have another turn.
     """
     func([each._local if isinstance(each, kind) else each for each in tensors], found_inf, inv_scale)
-    groups = dict.fromkeys(each.group for each in tensors if isinstance(each, kind))
+    groups = _groups_told.setdefault(found_inf, {})
+    groups.update(dict.fromkeys(each.group for each in tensors if isinstance(each, kind)))
     for group in sorted(groups, key=dist.ProcessGroup.size):
         dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group)
 
 
 def _check_whole(func: Any, tensor: RaggedTensor, dim: Any, keepdim: bool, out: Tensor | None) -> None:
     dims = [dim] if isinstance(dim, int) else dim
-    whole = not dims or {each % max(1, tensor.dim()) for each in dims} == set(range(tensor.dim()))
+    count = max(1, tensor.dim())
+    for each in dims or ():
+        if not -count <= each < count:
+            raise IndexError(f"a RaggedTensor of shape {tuple(tensor.shape)} has no dimension {each}")
+    whole = not dims or len({each % count for each in dims}) == count
     if not whole or keepdim or out is not None:
         raise NotImplementedError(
             f"{func} of a RaggedTensor over some of its dimensions, with keepdim or into a given tensor: use its "

@@ -86,11 +86,17 @@ class RaggedModule:
         """After an exception in a pass, on all ranks: waits for what is on its way, frees parameters and forgets
         gradients that have not been reduced. To be called on the root module."""
         unit = _unit(self)
-        if not unit.is_root:
-            raise RuntimeError("reset_iter_state must be called on the root module")
-        unit.schedule.reset()
-        for each in unit.schedule.units:
-            each.reset()
+        if unit.was_used:
+            if not unit.is_root:
+                raise RuntimeError("reset_iter_state must be called on the root module")
+            unit.schedule.reset()
+            for each in unit.schedule.units:
+                each.reset()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``to``, ``half``, ``to_empty`` and the like do to parameters, they do to the sharded ones."""
+        _unit(self).reshard()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError("a fully sharded module cannot be copied: copy it before fully_shard")

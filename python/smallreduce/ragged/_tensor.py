@@ -36,8 +36,8 @@ class RaggedTensor(Tensor):
     - Norms and sums are taken over all elements, and so are ``any()`` and ``all()``: a collective that all ranks call,
       which returns a plain tensor of the same bits on all (:mod:`smallreduce.ragged._global_reduce`). So
       ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work as they are.
-    - ``x[i]`` is a RaggedTensor in the memory of this one; ``torch.nn.init`` draws this rank's part of the numbers that
-      the whole tensor would get.
+    - ``x[i]``, where autograd records nothing, is a RaggedTensor in the memory of this one; ``torch.nn.init`` draws
+      this rank's part of the numbers that the whole tensor would get.
     - ``torch.distributed.checkpoint`` saves and loads it as one tensor of its global shape, whatever held it when it
       was saved: other ranges, other ranks, a DTensor or one process. ``StateDictOptions(full_state_dict=True)``, with
       which torch gathers DTensors only, leaves it as it is.

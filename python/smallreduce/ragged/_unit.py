@@ -79,7 +79,7 @@ class Unit:
             bucket.on_gradients = self._make_room
         module.__dict__[_ATTRIBUTE] = self
         module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-        module.register_forward_hook(self._after_forward)
+        module.register_forward_hook(self._after_forward, with_kwargs=True)
         for owner in {id(m): m for bucket in buckets for slot in bucket.slots for m, _ in slot.places}.values():
             owner.register_state_dict_pre_hook(self._before_state)
             owner.register_load_state_dict_pre_hook(self._before_state)
@@ -104,6 +104,11 @@ class Unit:
             for unit in units:
                 unit._schedule = schedule
         return self._schedule  # type: ignore[return-value]
+
+    @property
+    def was_used(self) -> bool:
+        """Whether the model has come as far as to its first forward pass."""
+        return self._schedule is not None
 
     @property
     def is_root(self) -> bool:
@@ -154,6 +159,11 @@ class Unit:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cast = self._precision.param_dtype if self._precision.cast_forward_inputs else None
         if self._in_backward:
+            if not _in_backward():
+                raise RuntimeError(
+                    "an exception ended the backward pass before: call reset_iter_state() on the root module, on all "
+                    "ranks, before going on"
+                )
             # Computed again, for activation checkpointing: the end of the backward pass frees what this needs.
             self.unshard()
             self.wait()
@@ -172,7 +182,7 @@ class Unit:
         return self._watch_inputs(args, kwargs)
 
     @_disable_dynamo
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._in_backward:
             self._phase = _Phase.IDLE
             if not _in_backward():
@@ -180,10 +190,19 @@ class Unit:
                     self.reshard()
                 self.schedule.leave(self)
             if torch.is_grad_enabled():
-                for tensor in tensors_in(output):
-                    if tensor.requires_grad:
-                        tensor.register_hook(self._before_backward)
+                self._watch_outputs((args, kwargs), output)
         return _cast(output, self._precision.output_dtype)
+
+    def _watch_outputs(self, inputs: Any, output: Any) -> None:
+        given = {id(_whole(tensor)) for tensor in tensors_in(inputs)}
+        for tensor in tensors_in(output):
+            if not tensor.requires_grad:
+                continue
+            tensor.register_hook(self._before_backward)
+            # What changes a view in place takes it out of the graph, with its hooks, but not what it is a view of.
+            whole = _whole(tensor)
+            if whole is not tensor and whole.grad_fn is not None and id(whole) not in given:
+                whole.grad_fn.register_prehook(self._before_backward_of_whole)
 
     def _watch_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not torch.is_grad_enabled():
@@ -212,6 +231,11 @@ class Unit:
             if not schedule.holds_gradients:
                 self._gather_ahead()
         return gradient
+
+    def _before_backward_of_whole(self, gradients: tuple[Tensor | None, ...]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                self._before_backward(gradient)
 
     def _gather_ahead(self) -> None:
         coming, self._coming = self._coming, []
@@ -248,9 +272,12 @@ class Unit:
 
     def end_backward(self) -> None:
         """The backward pass of the model is over."""
-        if self._phase is not _Phase.POST_BACKWARD:
-            # No input required a gradient.
+        # Where no input required a gradient it comes here first. Where activations are computed again it may have been
+        # used once more since, as a module that is shared is.
+        if self._phase is not _Phase.POST_BACKWARD or any(bucket.has_gradients for bucket in self.buckets):
             self.after_backward()
+        if self.reshards_after_backward and any(bucket.is_unsharded for bucket in self.buckets):
+            self.reshard()
         self._phase = _Phase.IDLE
         self._in_backward = False
 
@@ -288,6 +315,11 @@ class _AfterBackward(torch.autograd.Function):
 
 def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What it is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:
