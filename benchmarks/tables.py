@@ -215,8 +215,8 @@ def training_section(document: Document) -> str:
 
 
 def sharded_section(document: Document) -> str:
-    """Times are compared with stock FSDP2, losses with DDP, and those of FSDP2's compressed forms, and of ragged
-    sharding, with stock FSDP2."""
+    """Times are compared with stock FSDP2, losses with DDP where it was run, and those of FSDP2's compressed forms, and of
+    ragged sharding, with stock FSDP2."""
     runs = by_method(document)
     verdicts = []
     if says_losses(document):
@@ -236,7 +236,8 @@ def sharded_section(document: Document) -> str:
             f"Computing takes {share:.1%} of the step of `fsdp2`; the target is for less than a tenth.",
             "\n".join(f"* {verdict}" for verdict in verdicts),
         ]
-    return "\n\n".join([training_table(document, "fsdp2", "ddp"), *verdicts])
+    loss_against = "ddp" if "ddp" in runs else "fsdp2"
+    return "\n\n".join([training_table(document, "fsdp2", loss_against), *verdicts])
 
 
 def loopback_verdicts(runs: dict[str, list[Row]]) -> Iterable[str]:
