@@ -215,8 +215,8 @@ def training_section(document: Document) -> str:
 
 
 def sharded_section(document: Document) -> str:
-    """Times are compared with stock FSDP2, losses with DDP where it was run, and those of FSDP2's compressed forms, and of
-    ragged sharding, with stock FSDP2."""
+    """Times are compared with stock FSDP2, losses with DDP where it was run, and those of FSDP2's compressed forms, and
+    of ragged sharding, with stock FSDP2."""
     runs = by_method(document)
     verdicts = []
     if says_losses(document):
