@@ -271,7 +271,7 @@ def buckets_of(model: nn.Module) -> list[Bucket]:
     if not found:
         raise TypeError(
             f"{type(model).__name__} has no FSDP module with parameters: apply torch.distributed.fsdp.fully_shard "
-            "first. For FullyShardedDataParallel register smallreduce.fsdp.hook; smallreduce.ragged.fully_shard takes the "
+            "first. For FullyShardedDataParallel register smallreduce.fsdp.hook; smallreduce.ragged.fully_shard takes "
             "codecs itself, as gradients= and weights="
         )
     return list(found.values())
