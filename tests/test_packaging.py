@@ -66,7 +66,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [name for name in metadata.get_all("Requires-Dist", []) if "extra ==" not in name]
-    assert required == ["torch>=2.11"]
+    assert required == ["torch>=2.11", "numpy>=2.1"]
     assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "examples"}
 
 
