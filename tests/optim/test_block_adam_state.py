@@ -180,6 +180,7 @@ def test_a_parameter_without_a_state_begins_anew() -> None:
     state["state"] = {**state["state"], 1: {}}
     optimizer.load_state_dict(state)
     step(optimizer, range(3, 4))
+    assert state["state"][1] == {}
     assert [int(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"][:3]] == [3, 1, 3]
 
 

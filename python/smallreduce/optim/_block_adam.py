@@ -143,7 +143,7 @@ class BlockAdam8bit(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what torch calls with what is loaded, before its hooks that come after."""
         super().__setstate__(state)
-        sealed = {owner: saved.state for owner, saved in self.state.items() if isinstance(saved, _Sealed)}
+        sealed = {owner: dict(saved.state) for owner, saved in self.state.items() if isinstance(saved, _Sealed)}
         self.state.update(sealed)
         for group in self.param_groups:
             if "block" not in group:

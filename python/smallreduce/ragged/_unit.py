@@ -233,9 +233,9 @@ class Unit:
         return gradient
 
     def _before_backward_of_whole(self, gradients: tuple[Tensor | None, ...]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                self._before_backward(gradient)
+        known = [gradient for gradient in gradients if gradient is not None]
+        if known:
+            self._before_backward(known[0])
 
     def _gather_ahead(self) -> None:
         coming, self._coming = self._coming, []
